@@ -1,0 +1,355 @@
+"""
+A small GPT of the Llama shape: the model, its KV cache, the sampler, checkpoints.
+
+    idx (B, T) -> embed_tokens -> [ x += self_attn(norm(x)); x += mlp(norm(x)) ] * layers -> norm -> lm_head -> logits (B, T, V)
+
+RMSNorm (1910.07467), rotary positions (2104.09864), SwiGLU (2002.05202), grouped-query attention (2305.13245). Config
+fields, modules and tensors carry the names of Hugging Face's `LlamaForCausalLM`, so `transformers` opens a checkpoint
+of ours as it is, and later we open theirs. Two booleans make the other families: Qwen2 adds a bias to the query, key and
+value projections, Qwen3 a norm to each query and key head. No dropout: the teacher must be the same function every time.
+
+B batch, T tokens, S keys, V vocabulary, C hidden size, H query heads, K key/value heads, D head size.
+"""
+import json
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+
+
+class BadCheckpoint(Exception):
+    """A checkpoint that is missing, cut off or of a kind that this model does not compute."""
+
+
+@dataclass
+class GPTConfig:
+    """The fields of Hugging Face's config.json that this model reads; all of them are written back."""
+    model_type: str = "llama"               # llama, qwen2 or qwen3
+    vocab_size: int = 1024
+    hidden_size: int = 128
+    intermediate_size: int = 352            # about 8/3 of hidden_size: SwiGLU has three matrices where an MLP has two
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    head_dim: int = 32
+    max_position_embeddings: int = 256      # the context: longer inputs are refused
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    tie_word_embeddings: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None         # ends a response
+    pad_token_id: int | None = None         # an id of its own: where pad is eos, masks lose the end token
+
+    @property
+    def qkv_bias(self):
+        return self.model_type == "qwen2"
+
+    @property
+    def qk_norm(self):
+        return self.model_type == "qwen3"
+
+
+class KVCache:
+    """Keys and values of all layers, preallocated: two tensors (layers, B, K, S, D), of which `length` columns are filled."""
+
+    def __init__(self, config, batch, size, like):
+        c = config
+        shape = (c.num_hidden_layers, batch, c.num_key_value_heads, size, c.head_dim)
+        self.k, self.v = torch.zeros(2, *shape, dtype=like.dtype, device=like.device)
+        self.length = 0
+
+    def update(self, layer, k, v):
+        """Writes k, v (B, K, T, D) behind what is there and returns all that is filled: (B, K, length + T, D)."""
+        end = self.length + k.shape[2]
+        self.k[layer, :, :, self.length:end] = k
+        self.v[layer, :, :, self.length:end] = v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+    def keep(self, rows):
+        """Drops all but these rows of the batch."""
+        self.k, self.v = self.k[:, rows], self.v[:, rows]
+
+
+def rotate(x, cos, sin):
+    """Rotary positions: x (B, heads, T, D), cos and sin (B, 1, T, D/2). Pairs i with i + D/2, as Hugging Face does."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class Attention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        c, self.layer = config, layer
+        self.heads, self.kv_heads, self.head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, self.heads * self.head_dim, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.hidden_size, self.kv_heads * self.head_dim, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.hidden_size, self.kv_heads * self.head_dim, bias=c.qkv_bias)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, c.hidden_size, bias=False)
+        if c.qk_norm:
+            self.q_norm = nn.RMSNorm(self.head_dim, eps=c.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(self.head_dim, eps=c.rms_norm_eps)
+
+    def forward(self, x, rope, mask, cache):
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, self.heads, self.head_dim)        # (B, T, H, D)
+        k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim)     # (B, T, K, D)
+        v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim)
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))                # (B, heads, T, D)
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)                       # (B, K, S, D), S = all tokens so far
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))         # (B, T, C)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, rope, mask, cache):
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Everything below the output layer; `GPT.model`, as in Hugging Face's files."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(Block(c, i) for i in range(c.num_hidden_layers))
+        self.norm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
+        frequency = c.rope_theta ** (-torch.arange(0, c.head_dim, 2) / c.head_dim)
+        angle = torch.arange(c.max_position_embeddings)[:, None] * frequency            # (context, D/2)
+        self.register_buffer("cos", angle.cos(), persistent=False)
+        self.register_buffer("sin", angle.sin(), persistent=False)
+
+    def forward(self, idx, positions=None, mask=None, cache=None):
+        B, T = idx.shape
+        start = cache.length if cache is not None else 0
+        if start + T > self.config.max_position_embeddings:
+            raise ValueError(f"{start + T} tokens do not fit into the context of {self.config.max_position_embeddings}")
+        if positions is None:
+            positions = torch.arange(start, start + T, device=idx.device).expand(B, T)
+        # Causal by default; over a cache the T new tokens see all that is filled and, among themselves, what is before them.
+        if mask is None and start > 0:
+            mask = torch.ones(T, start + T, dtype=torch.bool, device=idx.device).tril(start)
+        rope = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)       # (B, 1, T, D/2)
+        x = self.embed_tokens(idx)                                                      # (B, T, C)
+        for layer in self.layers:
+            x = layer(x, rope, mask, cache)
+        if cache is not None:
+            cache.length += T
+        return self.norm(x)
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        if config.model_type not in ARCHITECTURES:
+            raise ValueError(f"model_type is {config.model_type!r}; this model computes {', '.join(ARCHITECTURES)}")
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.apply(self._init)
+        # GPT-2's rule: what is added to the residual stream starts smaller, the more layers add to it.
+        for name, p in self.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                nn.init.normal_(p, std=0.02 / (2 * config.num_hidden_layers) ** 0.5)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @staticmethod
+    def _init(module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+
+    @property
+    def device(self):
+        return self.lm_head.weight.device
+
+    def forward(self, idx, positions=None, mask=None, cache=None):
+        """
+        Args:
+            idx: (B, T) token ids.
+            positions: (B, T), counted from 0; by default from the start of the row, or from where the cache ends.
+            mask: bool, broadcastable to (B, H, T, S): True where a token may look. None means causal.
+            cache: a KVCache, to which the T tokens are added; None in training.
+        Returns:
+            logits (B, T, V). Where only some positions matter, call `model.model` and put just those through `lm_head`.
+        Raises:
+            ValueError: the tokens do not fit into the context.
+        """
+        return self.lm_head(self.model(idx, positions, mask, cache))
+
+
+# --- Sampling ---------------------------------------------------------------------------------------------------------------
+
+def sample(logits, temperature, noise):
+    """One token a row by inverting the cumulative distribution: logits (B, V), noise (B,) uniform in [0, 1) -> (B,).
+
+    One number of noise decides one token, so a row's tokens depend on its own noise and on nothing else in the batch.
+    Temperature 0 means argmax.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    cdf = (logits / temperature).softmax(-1).cumsum(-1)
+    # Where rounding leaves the last value under 1, noise above it must not fall off the end: scale it to what is there.
+    return torch.searchsorted(cdf, noise[:, None] * cdf[:, -1:], right=True).squeeze(1).clamp_(max=logits.shape[-1] - 1)
+
+
+@torch.no_grad()
+def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None):
+    """Samples one response to each prompt, all at once.
+
+    Prompts of different lengths are padded on the left, so that all rows write the same cache column; positions count
+    from each prompt's first token and the mask hides the padding, so no row can tell what it was batched with. Rows that
+    have ended leave the batch.
+
+    Args:
+        prompts: a list of B lists of token ids.
+        temperature: 1 samples what the model says (training needs that, see `opct.py`); 0 takes the likeliest token.
+        generator: a torch.Generator on the CPU; the same state gives the same responses.
+    Returns:
+        response (B, R) token ids and mask (B, R) bool, R <= max_new_tokens: True on the response, its end token
+        included, False on the padding behind it. A response cut at the limit is kept, without an end token.
+    Raises:
+        ValueError: the longest prompt and the new tokens do not fit into the context.
+    """
+    config, device = model.config, model.device
+    B, P = len(prompts), max(map(len, prompts))
+    if P + max_new_tokens > config.max_position_embeddings:
+        raise ValueError(f"a prompt of {P} tokens and {max_new_tokens} new ones do not fit into the context of "
+                         f"{config.max_position_embeddings}: shorten the prompt, or ask for fewer new tokens")
+    idx = torch.tensor([[config.pad_token_id] * (P - len(p)) + p for p in prompts], device=device)
+    padding = torch.tensor([P - len(p) for p in prompts], device=device)
+    noise = torch.rand(B, max_new_tokens, generator=generator).to(device)
+    response = torch.full((B, max_new_tokens), config.pad_token_id, device=device)
+    mask = torch.zeros(B, max_new_tokens, dtype=torch.bool, device=device)
+    cache = KVCache(config, B, P + max_new_tokens, like=model.lm_head.weight)
+
+    # Prefill: all prompts in one pass. Padding sees only itself, which keeps its softmax finite; nobody looks at it.
+    columns = torch.arange(P + max_new_tokens, device=device)
+    visible = columns >= padding[:, None]                                               # (B, S): not padding
+    look = visible[:, None, :P] & (columns[:P, None] >= columns[:P]) | torch.eye(P, dtype=torch.bool, device=device)
+    positions = (columns[:P] - padding[:, None]).clamp(min=0)
+    logits = model.lm_head(model.model(idx, positions, look[:, None], cache)[:, -1])    # (B, V)
+
+    rows = torch.arange(B, device=device)                   # the rows still in the batch; all tensors below hold just these
+    ended = torch.zeros(B, dtype=torch.bool, device=device)
+    for t in range(max_new_tokens):
+        token = sample(logits, temperature, noise[rows, t])
+        response[rows, t] = token.masked_fill(ended, config.pad_token_id)
+        mask[rows, t] = ~ended
+        ended = ended | (token == config.eos_token_id)
+        going = (~ended).nonzero().squeeze(1)
+        if len(going) == 0 or t + 1 == max_new_tokens:
+            break
+        # Leaving costs a copy of the cache, so rows leave an eighth of the batch at a time; until then they idle in it.
+        if len(going) <= len(rows) - len(rows) / 8:
+            rows, token, padding, visible, ended = (x[going] for x in (rows, token, padding, visible, ended))
+            cache.keep(going)
+        hidden = model.model(token[:, None], (P + t - padding)[:, None], visible[:, None, None, :P + t + 1], cache)
+        logits = model.lm_head(hidden[:, -1])
+    return response[:, :t + 1], mask[:, :t + 1]
+
+
+# --- Checkpoints: a folder with config.json and model.safetensors (and the tokenizer, which `data.py` writes) ---------------
+
+def write_atomically(path, write):
+    """Calls write(temporary path), then renames: whoever looks at `path` sees the old file or the new one, never a part."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except SafetensorError as error:                        # how safetensors reports a full or read-only disk
+        raise OSError(f"cannot write {path}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(model, folder):
+    """Writes the config first and the weights last: where the weights are, the checkpoint is whole."""
+    config = {"architectures": [ARCHITECTURES[model.config.model_type]], "hidden_act": "silu", "dtype": "float32",
+              **asdict(model.config)}
+    write_atomically(Path(folder) / "config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+    weights = {name: t.contiguous() for name, t in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del weights["lm_head.weight"]                       # the same tensor as the embedding
+    write_atomically(Path(folder) / "model.safetensors", lambda path: save_file(weights, path, metadata={"format": "pt"}))
+
+
+def load_checkpoint(folder, device="cpu"):
+    """Opens a checkpoint of ours, or one of Hugging Face's in a single file, as a GPT in eval mode and float32.
+
+    Raises:
+        BadCheckpoint: it is missing, cut off, or asks for something that this model does not compute.
+    """
+    folder = Path(folder)
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise BadCheckpoint(f"{folder} is no finished checkpoint: it has no {name}")
+    try:
+        stored = json.loads((folder / "config.json").read_text())
+        rope = stored.get("rope_parameters") or stored.get("rope_scaling") or {}
+        config = GPTConfig(**{f.name: stored[f.name] for f in fields(GPTConfig) if f.name in stored})
+        config.rope_theta = rope.get("rope_theta", config.rope_theta)
+        if "head_dim" not in stored:
+            config.head_dim = config.hidden_size // config.num_attention_heads
+        # What would change the function silently is refused: a wrong number is worse than none.
+        asks = {"model_type": (config.model_type in ARCHITECTURES, config.model_type),
+                "hidden_act": (stored.get("hidden_act", "silu") == "silu", stored.get("hidden_act")),
+                "rope_type": (rope.get("rope_type", "default") == "default", rope.get("rope_type")),
+                "attention_bias": (not stored.get("attention_bias"), True), "mlp_bias": (not stored.get("mlp_bias"), True),
+                "use_sliding_window": (not stored.get("use_sliding_window"), True)}
+        for name, (known, value) in asks.items():
+            if not known:
+                raise BadCheckpoint(f"{folder}: {name} = {value!r} is not computed here")
+        weights = load_file(folder / "model.safetensors")
+    except (json.JSONDecodeError, TypeError, SafetensorError, AttributeError) as error:
+        raise BadCheckpoint(f"{folder} is damaged: {error}") from error
+    model = GPT(config)
+    if config.tie_word_embeddings:
+        weights["lm_head.weight"] = weights.get("model.embed_tokens.weight")
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, AttributeError) as error:
+        raise BadCheckpoint(f"{folder}: weights and config.json do not belong together: {error}") from error
+    return model.to(device).eval()
+
+
+def pick_device(name=None):
+    """The device of that name, by default CUDA where there is one. Called after the arguments are parsed, never at import."""
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise BadCheckpoint("--device cuda: no CUDA device is to be seen here; leave the flag out to run on the CPU")
+    return device

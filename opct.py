@@ -1,0 +1,425 @@
+"""
+On-Policy Consistency Training (arXiv 2605.21834) beside its offline baseline. This file is the method.
+
+A contrastive pair is one request in two forms, `clean` x and `wrapped` x~ (see `data.py`). The student pi_theta should
+behave on x~ as the teacher pi_0, a frozen copy of the model as it stood when training started, behaves on x.
+
+    OPCT:  y ~ pi_theta(. | x~)                                             the student's own response, fresh at every update
+           loss = sum_t KL( pi_theta(. | x~, y<t) || pi_0(. | x, y<t) )      reverse KL, token by token along y
+
+    SFT:   y ~ pi_0(. | x)                                                  the teacher's response, sampled once
+           loss = sum_t -log pi_theta(y_t | x~, y<t)                        cross-entropy; in expectation the forward KL
+
+One update of OPCT, in `opct_step` and `train`:
+
+    1. take some pairs and sample the student's responses to the wrapped prompts, at temperature 1, nothing truncated;
+    2. score every token of them with the student, after the wrapped prompt: this pass carries the gradient;
+    3. score the same tokens with the teacher, after the clean prompt;
+    4. the KL of the two distributions at each token is the loss, summed over a response and averaged over responses;
+    5. one step of AdamW. There are no rewards, no labels, no critic and no second update on the same samples.
+
+Both objectives come in two kinds: on the token that was sampled, as in the paper and in plain SFT, or on the whole
+distribution, which costs nothing more here and has less variance. `sft_step` and `opct_step` differ only in whose
+response is trained on and in which loss.
+
+    python opct.py pretrain --world W --out BASE          the base model, planted failures included
+    python opct.py sft  --base BASE --pairs W/train.jsonl --out RUN [--objective sampled|exact]
+    python opct.py opct --base BASE --pairs W/train.jsonl --out RUN [--objective sampled|exact]
+"""
+import argparse
+import copy
+import hashlib
+import json
+import math
+import random
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from data import (BadInput, add_flags, chat, guarded, load_tokenizer, load_world, pack, pretraining_batch, read_jsonl,
+                  save_tokenizer, world_tokenizer, write_text)
+from model import (ARCHITECTURES, BadCheckpoint, GPT, GPTConfig, generate, load_checkpoint, pick_device, save_checkpoint,
+                   write_atomically)
+
+ROW = 128       # tokens in a packed row; attention is quadratic in it, and a longer sequence makes it longer
+
+# --- Objectives: pure functions of log-probabilities, one value a token. Every row of `tests/test_gradients.py` is about these.
+
+
+def reverse_kl(logp_student, logp_teacher):
+    """KL(student || teacher) over the vocabulary: (..., V), (..., V) -> (...), in nats. The OPCT loss, exact at each token.
+
+    Its gradient holds the prefix fixed: it pulls the distribution at this token and ignores that another token here leads
+    to other tokens later (gamma = 0 below). 2605.21834, section on the per-token objective.
+    """
+    return (logp_student.exp() * (logp_student - logp_teacher)).sum(-1)
+
+
+def forward_kl(logp_student, logp_teacher):
+    """KL(teacher || student) over the vocabulary: (..., V), (..., V) -> (...), in nats. Soft SFT, on the teacher's responses."""
+    return (logp_teacher.exp() * (logp_teacher - logp_student)).sum(-1)
+
+
+def cross_entropy(logp_token):
+    """-log pi_theta(y_t): (...) -> (...), in nats. SFT; where y_t ~ teacher, in expectation forward_kl plus a constant."""
+    return -logp_token
+
+
+def advantage(logp_student, logp_teacher, mask, gamma=0.0, lam=1.0):
+    """A_t = -lam * sum_{u >= t} gamma^(u-t) Delta_u, where Delta_t = log pi_theta(y_t) - log pi_0(y_t): (B, T) -> (B, T).
+
+    The sampled token's KL estimate as a reward, so without gradient. gamma = 0, the paper's choice, is the gradient of
+    `reverse_kl` in expectation; gamma = 1 that of the KL between whole responses.
+    """
+    delta = (logp_student - logp_teacher).detach() * mask
+    total, out = torch.zeros_like(delta[:, 0]), torch.empty_like(delta)
+    for t in reversed(range(delta.shape[1])):
+        total = delta[:, t] + gamma * total
+        out[:, t] = total
+    return -lam * out
+
+
+def policy_gradient(logp_token, logp_sampled, advantage):
+    """-ratio_t * A_t, ratio_t = pi_theta(y_t) / pi_sampled(y_t): (...) -> (...). OPCT on the sampled token.
+
+    With one update a batch the sampler is the student, `logp_sampled` is logp_token.detach() and the ratio is 1 - but
+    through it flows the gradient. Differentiating log pi_theta - log pi_0 instead would give zero in expectation.
+    """
+    return -(logp_token - logp_sampled).exp() * advantage
+
+
+# --- Scoring -------------------------------------------------------------------------------------------------------------------
+
+
+def packed_hidden(model, tokens, positions, segments):
+    """The last hidden states of packed rows (`data.pack`), attention kept inside the segments: (R, W) -> (R * W, C)."""
+    tokens, positions, segments = (torch.from_numpy(x).to(model.device) for x in (tokens, positions, segments))
+    mask = (segments[:, :, None] == segments[:, None, :]).tril()                        # (R, W, W)
+    return model.model(tokens, positions, mask[:, None]).flatten(0, 1)
+
+
+def response_logp(model, prompts, response, mask):
+    """log pi(. | prompt, y<t) at the response tokens, and only there.
+
+    Args:
+        prompts: B lists of token ids. response, mask: (B, T), as `generate` returns them.
+    Returns:
+        (N, V) for the N = mask.sum() response tokens in the order of response[mask]; prompt and padding are not in it,
+        the end token is. The same response after another prompt gives rows that match one by one.
+    """
+    sequences = [prompt + tokens[keep].tolist() for prompt, tokens, keep in zip(prompts, response.cpu(), mask.cpu())]
+    *rows, starts = pack(sequences, max(ROW, max(map(len, sequences))))
+    # What is known at a token predicts the next one, so the first response token is read off the last one of the prompt.
+    first = torch.tensor([start + len(prompt) - 1 for start, prompt in zip(starts, prompts)], device=mask.device)
+    where = first[:, None] + torch.arange(mask.shape[1], device=mask.device)            # (B, T)
+    hidden = packed_hidden(model, *rows)[where[mask]]                                   # (N, C)
+    return model.lm_head(hidden).log_softmax(-1)
+
+
+def token_logp(logp, response, mask):
+    """The log-probability of each response token itself: (N, V) -> (N,)."""
+    return logp.gather(-1, response[mask][:, None]).squeeze(-1)
+
+
+# --- The two methods, side by side. Each: pairs in, loss out --------------------------------------------------------------------
+
+
+def sft_step(student, teacher, pairs, config, generator):
+    """Offline: the teacher's responses to the clean prompts, sampled once before training, after the wrapped prompts."""
+    response, mask = pairs.response, pairs.mask                                         # (B, T)
+    logp_student = response_logp(student, pairs.wrapped, response, mask)                # (N, V)
+    with torch.no_grad():
+        logp_teacher = response_logp(teacher, pairs.clean, response, mask)              # (N, V)
+    if config.objective == "exact":
+        loss = forward_kl(logp_student, logp_teacher)
+    else:
+        loss = cross_entropy(token_logp(logp_student, response, mask))
+    return loss.sum() / len(response), {"kl_exact": reverse_kl(logp_student, logp_teacher).mean(), "tokens": mask.sum()}
+
+
+def opct_step(student, teacher, pairs, config, generator):
+    """On-policy: the student's own responses to the wrapped prompts, sampled at every update."""
+    response, mask = generate(student, pairs.wrapped, config.max_new_tokens, generator=generator)
+    logp_student = response_logp(student, pairs.wrapped, response, mask)                # (N, V)
+    with torch.no_grad():
+        logp_teacher = response_logp(teacher, pairs.clean, response, mask)              # (N, V)
+    if config.objective == "exact":
+        loss = reverse_kl(logp_student, logp_teacher)
+    else:
+        own, others = torch.zeros(2, *mask.shape, device=mask.device)
+        own = own.masked_scatter(mask, token_logp(logp_student, response, mask))        # (B, T)
+        others = others.masked_scatter(mask, token_logp(logp_teacher, response, mask))
+        loss = policy_gradient(own, own.detach(), advantage(own, others, mask, config.gamma))[mask]
+    return loss.sum() / len(response), {"kl_exact": reverse_kl(logp_student, logp_teacher).mean(), "tokens": mask.sum()}
+
+
+@dataclass
+class Pairs:
+    """The pairs of one update as prompts in tokens, each as often as it gets responses; for SFT with the responses."""
+    clean: list
+    wrapped: list
+    response: torch.Tensor | None = None    # (B, T), and the mask of it
+    mask: torch.Tensor | None = None
+
+
+# --- Training --------------------------------------------------------------------------------------------------------------------
+
+@dataclass
+class PretrainConfig:
+    """Trains the base model on fresh text of the world."""
+    world: str = field(default="world", metadata={"help": "the folder that `python data.py --out` wrote"})
+    out: str = field(default="base", metadata={"help": "the folder for checkpoint and log"})
+    family: str = field(default="llama", metadata={"help": "shape of the model", "choices": list(ARCHITECTURES)})
+    layers: int = field(default=4, metadata={"help": "layers"})
+    width: int = field(default=128, metadata={"help": "hidden size; each head has 32 of it, two query heads share a key head"})
+    rows: int = field(default=48, metadata={"help": f"rows of {ROW} tokens in a step"})
+    steps: int = field(default=1000, metadata={"help": "steps"})
+    lr: float = field(default=4e-3, metadata={"help": "highest learning rate"})
+    clip: float = field(default=1.0, metadata={"help": "largest gradient norm"})
+    weight_decay: float = field(default=0.1, metadata={"help": "weight decay of AdamW"})
+    seed: int = field(default=0, metadata={"help": "initialisation, documents and their order follow from it"})
+    save_every: int = field(default=100, metadata={"help": "steps between two saved states"})
+    device: str = field(default=None, metadata={"help": "cpu or cuda; the best there is"})
+
+
+@dataclass
+class ConsistencyConfig:
+    """Trains a base model for consistency on contrastive pairs."""
+    base: str = field(default="base", metadata={"help": "the checkpoint to start from; the teacher is a frozen copy of it"})
+    pairs: str = field(default="world/train.jsonl", metadata={"help": "contrastive pairs, one JSON object a line"})
+    out: str = field(default="run", metadata={"help": "the folder for checkpoint and log"})
+    objective: str = field(default="exact", metadata={"help": "sampled: the sampled token; exact: the whole distribution",
+                                                      "choices": ["sampled", "exact"]})
+    gamma: float = field(default=0.0, metadata={"help": "opct --objective sampled: discount of later tokens' KL"})
+    steps: int = field(default=60, metadata={"help": "updates"})
+    batch: int = field(default=32, metadata={"help": "pairs in an update"})
+    samples: int = field(default=4, metadata={"help": "responses to a pair in an update"})
+    max_new_tokens: int = field(default=64, metadata={"help": "a longer response is cut"})
+    lr: float = field(default=3e-4, metadata={"help": "highest learning rate"})
+    clip: float = field(default=1.0, metadata={"help": "largest gradient norm"})
+    weight_decay: float = field(default=0.0, metadata={"help": "weight decay of AdamW"})
+    seed: int = field(default=0, metadata={"help": "order of the pairs and sampling follow from it"})
+    save_every: int = field(default=10, metadata={"help": "updates between two saved states"})
+    device: str = field(default=None, metadata={"help": "cpu or cuda; the best there is"})
+
+
+def seeded(*what):
+    """A random.Random and a torch.Generator that depend on nothing but `what`, for instance (seed, step)."""
+    number = int.from_bytes(hashlib.sha256(repr(what).encode()).digest()[:7], "big")
+    return random.Random(number), torch.Generator().manual_seed(number)
+
+
+def learning_rate(step, config):
+    """Up in a straight line over the first 5 % of the steps, down to zero in a straight line over the rest."""
+    warmup = max(1, config.steps // 20)
+    return config.lr * min((step + 1) / warmup, (config.steps - step) / max(1, config.steps - warmup))
+
+
+def train(model, loss_of, config):
+    """The loop of all three stages: `loss_of(step)` samples and scores, the rest is here.
+
+    Everything random follows from (seed, step) and the whole state is saved every `save_every` steps, so a run that was
+    killed and is started again ends with the same weights, bit for bit, as one that was not.
+    """
+    out = Path(config.out)
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)
+    start = load_state(out, model, optimizer)
+    if start:
+        print(f"  going on from step {start}")
+    logged = (out / "log.jsonl").read_text().splitlines(keepends=True)[:start] if start else []
+    write_text(str(out / "log.jsonl"), "".join(logged))     # what was logged after the last save comes again
+    began = time.time()
+    with open(out / "log.jsonl", "a", buffering=1) as log:
+        for step in range(start, config.steps):
+            tick = time.time()
+            loss, fields = loss_of(step)
+            if not math.isfinite(loss):
+                raise BadInput(f"the loss is {loss.item()} at step {step}; {out} keeps what was saved before. "
+                               "Start again in another folder, with a smaller --lr")
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            optimizer.param_groups[0]["lr"] = lr = learning_rate(step, config)
+            optimizer.step()
+            optimizer.zero_grad()
+
+            line = {"step": step, "loss": loss.item(), "grad_norm": norm.item(), "lr": lr,
+                    **{name: value.item() for name, value in fields.items()}, "seconds": round(time.time() - tick, 4)}
+            log.write(json.dumps(line) + "\n")
+            left = (time.time() - began) / (step + 1 - start) * (config.steps - step - 1)
+            progress(step + 1, config.steps, left, f"loss {line['loss']:.4f}  {line['tokens'] / line['seconds']:,.0f} tokens/s")
+            if (step + 1) % config.save_every == 0 and step + 1 < config.steps:
+                save_state(out, model, optimizer, step + 1)
+    save_checkpoint(model.eval(), out)
+    (out / "state.safetensors").unlink(missing_ok=True)
+
+
+def progress(done, total, left, text):
+    """On a terminal one line that renews itself; in a file a line every twentieth of the way."""
+    line = f"  {done}/{total}  {text}  {int(left) // 60}:{int(left) % 60:02d} left"
+    if sys.stdout.isatty():
+        print(f"\r{line}\033[K", end="\n" if done == total else "", flush=True)
+    elif done == total or done * 20 // total != (done - 1) * 20 // total:
+        print(line, flush=True)
+
+
+def save_state(out, model, optimizer, step):
+    """Weights, the optimizer's moments and the step in one file, so that no kill can leave them of different steps."""
+    tensors = {}
+    for name, p in model.named_parameters():
+        tensors[f"{name}/weight"] = p.detach()
+        tensors.update({f"{name}/{key}": value for key, value in optimizer.state[p].items()})
+    write_atomically(out / "state.safetensors", lambda path: save_file(tensors, path, metadata={"next_step": str(step)}))
+
+
+def load_state(out, model, optimizer):
+    """Puts back what `save_state` saved. Returns the step to go on from, 0 where nothing was saved."""
+    path = out / "state.safetensors"
+    if not path.exists():
+        return 0
+    try:
+        with safe_open(path, "pt") as file, torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_(file.get_tensor(f"{name}/weight"))
+                optimizer.state[p] = {key: file.get_tensor(f"{name}/{key}").to(p.device) for key in ("step", "exp_avg", "exp_avg_sq")}
+            return int(file.metadata()["next_step"])
+    except SafetensorError as error:
+        raise BadInput(f"{path} is damaged ({error}): delete the folder {out} and start again") from error
+
+
+def open_run(config, **settings):
+    """Prepares the folder `out` of a run: config.json and tokenizer.json come first, run.json says what the run is,
+    log.jsonl grows, state.safetensors stands there while the run goes on and model.safetensors once it is done.
+
+    Returns False where the run is finished already. Raises BadInput where the folder holds another run.
+    """
+    out = Path(config.out)
+    settings = {**settings, **{k: v for k, v in asdict(config).items() if k not in ("out", "device", "save_every")}}
+    if (out / "run.json").exists():
+        before = json.loads((out / "run.json").read_text())
+        for name in settings:
+            if before.get(name) != settings[name]:
+                raise BadInput(f"{out} holds a run with {name} = {before.get(name)}, and this one has {settings[name]}: "
+                               "choose another --out, or delete that folder")
+        if (out / "model.safetensors").exists():
+            print(f"{out} is finished already, nothing to do")
+            return False
+    write_text(str(out / "run.json"), json.dumps(settings, indent=2) + "\n")
+    return True
+
+
+def weights_hash(model):
+    """A hash of all weights: two models have it in common where they are the same function."""
+    digest = hashlib.sha256()
+    for name, p in sorted(model.state_dict().items()):
+        digest.update(name.encode() + p.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def pretrain(config):
+    """Next-token prediction on fresh documents of the world, the users' turns included."""
+    device, world = pick_device(config.device), load_world(config.world)
+    tokenizer = load_tokenizer(config.world)
+    if not open_run(config, stage="pretrain", world_config=asdict(world.config)):
+        return
+    special = tokenizer.encode_single_token
+    torch.manual_seed(config.seed)
+    model = GPT(GPTConfig(
+        model_type=config.family, vocab_size=tokenizer.n_vocab, hidden_size=config.width,
+        intermediate_size=config.width * 11 // 4, num_hidden_layers=config.layers, num_attention_heads=config.width // 32,
+        num_key_value_heads=max(1, config.width // 64), head_dim=32,
+        eos_token_id=special("<|im_end|>"), pad_token_id=special("<|pad|>"))).to(device)
+    save_tokenizer(tokenizer, config.out)
+    print(f"pretrain: {sum(p.numel() for p in model.parameters()):,} parameters, {config.steps} steps of {config.rows * ROW:,} tokens on {device}")
+
+    def loss_of(step):
+        rng, _ = seeded(config.seed, "pretrain", step)
+        tokens, positions, segments, _ = pretraining_batch(world, tokenizer, rng, config.rows, ROW)
+        logits = model.lm_head(packed_hidden(model, tokens, positions, segments))       # (R * W, V)
+        target, segment = torch.from_numpy(tokens).flatten(), torch.from_numpy(segments).flatten()
+        follows = torch.nonzero((segment[1:] == segment[:-1]) & (segment[1:] >= 0)).squeeze(1).to(device)
+        loss = F.cross_entropy(logits[follows], target.to(device)[follows + 1])
+        return loss, {"tokens": torch.tensor(len(follows))}
+
+    train(model, loss_of, config)
+
+
+def consistency(config, step_of):
+    """SFT or OPCT: `step_of` is `sft_step` or `opct_step`, all else is the same for both."""
+    device, records = pick_device(config.device), read_jsonl(config.pairs)
+    student, tokenizer = load_checkpoint(config.base, device), load_tokenizer(config.base)
+    if config.gamma and (step_of is sft_step or config.objective == "exact"):
+        raise BadInput("--gamma discounts the sampled token's KL: it goes with `opct --objective sampled`")
+    teacher = copy.deepcopy(student).requires_grad_(False).eval()   # the run-start copy, after a resume as well
+    teacher_hash = weights_hash(teacher)
+    if not open_run(config, stage=step_of.__name__, teacher=teacher_hash, pairs_hash=hashlib.sha256(repr(records).encode()).hexdigest()[:16]):
+        return
+    save_tokenizer(tokenizer, config.out)
+    clean = [chat(tokenizer, r["clean"]) for r in records for _ in range(config.samples)]
+    wrapped = [chat(tokenizer, r["wrapped"]) for r in records for _ in range(config.samples)]
+    print(f"{step_of.__name__[:-5]} ({config.objective}): {len(records)} pairs, {config.steps} updates of "
+          f"{config.batch} pairs with {config.samples} responses each on {device}")
+    if step_of is sft_step:
+        response, mask = generate(teacher, clean, config.max_new_tokens, generator=seeded(config.seed, "offline responses")[1])
+
+    def take(step):
+        """The rows of an update: the pairs in a new random order in every epoch, each with all its responses."""
+        at = [step * config.batch + i for i in range(config.batch)]
+        orders = {e: seeded(config.seed, "epoch", e)[0].sample(range(len(records)), len(records)) for e in {a // len(records) for a in at}}
+        return [orders[a // len(records)][a % len(records)] * config.samples + s for a in at for s in range(config.samples)]
+
+    def pairs_of(step):
+        rows = take(step)
+        pairs = Pairs([clean[i] for i in rows], [wrapped[i] for i in rows])
+        if step_of is sft_step:
+            pairs.response, pairs.mask = response[rows], mask[rows]
+        return pairs
+
+    def loss_of(step):
+        return step_of(student, teacher, pairs_of(step), config, seeded(config.seed, "sampling", step)[1])
+
+    show_example(student, teacher, tokenizer, records, config)
+    train(student, loss_of, config)
+    assert weights_hash(teacher) == teacher_hash, "the teacher changed during training"
+
+
+def show_example(student, teacher, tokenizer, records, config):
+    """Prints one pair, the student's response to its wrapped form and how far the teacher would be from each token."""
+    record = next((r for r in records if r.get("fails")), records[0])
+    clean, wrapped = ([chat(tokenizer, record[form])] for form in ("clean", "wrapped"))
+    with torch.no_grad():
+        response, mask = generate(student, wrapped, config.max_new_tokens, generator=seeded(config.seed, "example")[1])
+        logp_student, logp_teacher = response_logp(student, wrapped, response, mask), response_logp(teacher, clean, response, mask)
+        kl = reverse_kl(logp_student, logp_teacher).tolist()
+    print(f"  clean     {record['clean']}\n  wrapped   {record['wrapped']}\n  response  ", end="")
+    for token, nats in zip(response[mask].tolist(), kl):
+        colour = 32 if nats < 0.1 else 33 if nats < 1 else 31                           # green, yellow, red
+        text = tokenizer.decode([token])
+        print(f"\033[{colour}m{text}\033[0m" if sys.stdout.isatty() else text + (f"[{nats:.1f}]" if nats >= 0.1 else ""), end="")
+    print("\n            (KL of student and teacher at each token: "
+          + ("green under 0.1, yellow under 1, red from 1 nat)" if sys.stdout.isatty() else "in brackets from 0.1 nats)"))
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Pretrains the base model, or trains it for consistency, offline or on-policy. "
+                                                 "The same command again goes on where a run was stopped.")
+    stages = parser.add_subparsers(dest="stage", required=True)
+    for name, config, text in (("pretrain", PretrainConfig, "the base model"), ("sft", ConsistencyConfig, "offline: the teacher's responses"),
+                               ("opct", ConsistencyConfig, "on-policy: the student's own responses")):
+        add_flags(stages.add_parser(name, help=text, description=text), config)
+    args = vars(parser.parse_args())
+    stage = args.pop("stage")
+    if stage == "pretrain":
+        pretrain(PretrainConfig(**args))
+    else:
+        consistency(ConsistencyConfig(**args), {"sft": sft_step, "opct": opct_step}[stage])
+
+
+if __name__ == "__main__":
+    guarded(main, BadCheckpoint)
