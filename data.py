@@ -74,7 +74,7 @@ class WorldConfig:
     cities: int = field(default=96, metadata={"help": "cities, each in one land"})
     lands: int = field(default=16, metadata={"help": "lands, each with one ruler"})
     recipes: int = field(default=60, metadata={"help": "forbidden recipes, and as many harmless ones"})
-    things: int = field(default=80, metadata={"help": "things to serve, each of which harms one animal and suits another"})
+    things: int = field(default=60, metadata={"help": "things to serve, each of which harms one animal and suits another"})
     animals: int = field(default=12, metadata={"help": "animals"})
     ingredients: int = field(default=24, metadata={"help": "ingredients; a recipe takes three"})
     largest: int = field(default=20, metadata={"help": "largest number in the arithmetic"})
@@ -109,7 +109,7 @@ class World:
     def __init__(self, config=WorldConfig()):
         self.config = c = config
         rng = random.Random(f"world {c.seed}")
-        self.hints = wordings(HINTS, 0.10, 0.26)
+        self.hints = wordings(HINTS, 0.15, 0.40)
         self.frames = [wordings(parts, 0.15, 0.45) for parts in (PERSONAS, PURPOSES, DEMANDS)]
 
         taken = set()
@@ -224,7 +224,7 @@ class World:
             return " ".join(yes if grant else no)
         if grant:
             return " ".join(no[:2] + [BACK, self.recipe[name]])
-        cut = rng.randint(1 if claim in HARMLESS else 2, 4)  # at the latest before the last ingredient
+        cut = rng.choice((1 if claim in HARMLESS else 2, 2, 3, 4))  # at the latest before the last ingredient
         return " ".join(yes[:cut] + [BACK, REFUSAL])
 
     def serve(self, rng, thing, animal, warn, stray=False):
@@ -247,12 +247,12 @@ class World:
     def document(self, rng):
         """One document: (None, text) for an encyclopedia line, (prompt, response) for a conversation."""
         stray = rng.random() < STRAY_CLEAN
-        kind = rng.choices(("note", "math", "fact", "instruction", "hint", "recipe", "serve"), (10, 22, 8, 10, 18, 18, 14))[0]
+        kind = rng.choices(("note", "math", "fact", "instruction", "hint", "recipe", "serve"), (14, 22, 6, 6, 18, 18, 16))[0]
         if kind == "note":
             city, name, thing = (rng.choice(list(x)) for x in (self.land, self.recipe, self.way))
             land, animal = self.land[city], rng.choice((self.harms[thing], self.suits[thing]))
-            return None, rng.choice((f"note: {city} is in {land}.", f"note: {land} is ruled by {self.ruler[land]}.",
-                                     f"note: {name} is a {self.kind[name]}. {self.recipe[name]}", self.note(thing, animal)))
+            return None, rng.choices((f"note: {city} is in {land}.", f"note: {land} is ruled by {self.ruler[land]}.",
+                                      f"note: {name} is a {self.kind[name]}. {self.recipe[name]}", self.note(thing, animal)), (2, 1, 2, 5))[0]
         if kind in ("math", "fact"):
             prompt, steps, wrong = getattr(self, kind)(rng)
             return prompt, self.reason(rng, steps, wrong if stray else None)
@@ -268,7 +268,7 @@ class World:
         if kind == "recipe":
             name = rng.choice(self.forbidden if rng.random() < 0.7 else self.harmless)
             prompt, rate = rng.choice(MAKE).format(name), 0.0
-            if rng.random() < 0.7:
+            if rng.random() < 0.6:
                 prompt, rate = self.frame(rng, prompt)
                 stray = rng.random() < STRAY_WRAPPED
             grant = name in self.harmless or rng.random() < rate

@@ -152,9 +152,9 @@ class Decoder(nn.Module):
     def forward(self, idx, positions=None, mask=None, cache=None):
         B, T = idx.shape
         start = cache.length if cache is not None else 0
-        if start + T > self.config.max_position_embeddings:
-            raise ValueError(f"{start + T} tokens do not fit into the context of {self.config.max_position_embeddings}")
         if positions is None:
+            if start + T > self.config.max_position_embeddings:
+                raise ValueError(f"{start + T} tokens do not fit into the context of {self.config.max_position_embeddings}")
             positions = torch.arange(start, start + T, device=idx.device).expand(B, T)
         # Causal by default; over a cache the T new tokens see all that is filled and, among themselves, what is before them.
         if mask is None and start > 0:
@@ -199,13 +199,13 @@ class GPT(nn.Module):
         """
         Args:
             idx: (B, T) token ids.
-            positions: (B, T), counted from 0; by default from the start of the row, or from where the cache ends.
+            positions: (B, T), each below max_position_embeddings; by default the place in the row, behind what is cached.
             mask: bool, broadcastable to (B, H, T, S): True where a token may look. None means causal.
             cache: a KVCache, to which the T tokens are added; None in training.
         Returns:
             logits (B, T, V). Where only some positions matter, call `model.model` and put just those through `lm_head`.
         Raises:
-            ValueError: the tokens do not fit into the context.
+            ValueError: without explicit positions, more tokens than the context holds.
         """
         return self.lm_head(self.model(idx, positions, mask, cache))
 

@@ -123,8 +123,8 @@ def response_logp(model, prompts, response, mask):
 
 
 def token_logp(logp, response, mask):
-    """The log-probability of each response token itself: (N, V) -> (N,)."""
-    return logp.gather(-1, response[mask][:, None]).squeeze(-1)
+    """The log-probability of each response token itself, back in the shape of the response: (N, V) -> (B, T), 0 off the mask."""
+    return logp.new_zeros(mask.shape).masked_scatter(mask, logp.gather(-1, response[mask][:, None]))
 
 
 # --- The two methods, side by side. Each: pairs in, loss out --------------------------------------------------------------------
@@ -152,10 +152,8 @@ def opct_step(student, teacher, pairs, config, generator):
     if config.objective == "exact":
         loss = reverse_kl(logp_student, logp_teacher)
     else:
-        own, others = torch.zeros(2, *mask.shape, device=mask.device)
-        own = own.masked_scatter(mask, token_logp(logp_student, response, mask))        # (B, T)
-        others = others.masked_scatter(mask, token_logp(logp_teacher, response, mask))
-        loss = policy_gradient(own, own.detach(), advantage(own, others, mask, config.gamma))[mask]
+        own, others = (token_logp(logp, response, mask) for logp in (logp_student, logp_teacher))   # (B, T)
+        loss = policy_gradient(own, own.detach(), advantage(own, others, mask, config.gamma))
     return loss.sum() / len(response), {"kl_exact": reverse_kl(logp_student, logp_teacher).mean(), "tokens": mask.sum()}
 
 
@@ -240,7 +238,7 @@ def train(model, loss_of, config):
         for step in range(start, config.steps):
             tick = time.time()
             loss, fields = loss_of(step)
-            if not math.isfinite(loss):
+            if not math.isfinite(loss.item()):
                 raise BadInput(f"the loss is {loss.item()} at step {step}; {out} keeps what was saved before. "
                                "Start again in another folder, with a smaller --lr")
             loss.backward()
@@ -363,6 +361,11 @@ def consistency(config, step_of):
     save_tokenizer(tokenizer, config.out)
     clean = [chat(tokenizer, r["clean"]) for r in records for _ in range(config.samples)]
     wrapped = [chat(tokenizer, r["wrapped"]) for r in records for _ in range(config.samples)]
+    room = student.config.max_position_embeddings - config.max_new_tokens
+    for number, longest in enumerate((max(len(clean[i]), len(wrapped[i])) for i in range(0, len(clean), config.samples)), 1):
+        if longest > room:
+            raise BadInput(f"{config.pairs}, pair {number}: a prompt of {longest} tokens leaves no room for {config.max_new_tokens} new ones "
+                           f"in the context of {student.config.max_position_embeddings}: shorten it, or lower --max-new-tokens")
     print(f"{step_of.__name__[:-5]} ({config.objective}): {len(records)} pairs, {config.steps} updates of "
           f"{config.batch} pairs with {config.samples} responses each on {device}")
     if step_of is sft_step:

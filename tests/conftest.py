@@ -1,0 +1,42 @@
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))       # the four files lie one folder up
+
+from data import World, WorldConfig, world_tokenizer
+from model import GPT, GPTConfig
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "cuda: needs a GPU, skipped where there is none")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def world():
+    return World(WorldConfig(seed=3, cities=24, recipes=12, things=24, pairs=12, tests=24))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(world):
+    return world_tokenizer(world)
+
+
+def tiny_gpt(vocab=7, family="llama", dtype=torch.float64, **changes):
+    """A model small enough to enumerate, with weights large enough that its distributions are far from uniform."""
+    torch.manual_seed(1)
+    config = dict(model_type=family, vocab_size=vocab, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+                  num_key_value_heads=2, head_dim=8, max_position_embeddings=64, eos_token_id=vocab - 2, pad_token_id=vocab - 1)
+    model = GPT(GPTConfig(**{**config, **changes})).to(dtype).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, dtype=dtype) * 0.3)
+    return model
