@@ -247,7 +247,7 @@ class World:
     def document(self, rng):
         """One document: (None, text) for an encyclopedia line, (prompt, response) for a conversation."""
         stray = rng.random() < STRAY_CLEAN
-        kind = rng.choices(("note", "math", "fact", "instruction", "hint", "recipe", "serve"), (14, 22, 6, 6, 18, 18, 16))[0]
+        kind = rng.choices(("note", "math", "fact", "instruction", "hint", "recipe", "serve"), (14, 20, 6, 8, 18, 18, 16))[0]
         if kind == "note":
             city, name, thing = (rng.choice(list(x)) for x in (self.land, self.recipe, self.way))
             land, animal = self.land[city], rng.choice((self.harms[thing], self.suits[thing]))

@@ -334,10 +334,9 @@ def load_checkpoint(folder, device="cpu"):
         for name, (known, value) in asks.items():
             if not known:
                 raise BadCheckpoint(f"{folder}: {name} = {value!r} is not computed here")
-        weights = load_file(folder / "model.safetensors")
+        weights, model = load_file(folder / "model.safetensors"), GPT(config)
     except (json.JSONDecodeError, TypeError, SafetensorError, AttributeError) as error:
         raise BadCheckpoint(f"{folder} is damaged: {error}") from error
-    model = GPT(config)
     if config.tie_word_embeddings:
         weights["lm_head.weight"] = weights.get("model.embed_tokens.weight")
     try:

@@ -16,7 +16,7 @@ One update of OPCT, in `opct_step` and `train`:
     2. score every token of them with the student, after the wrapped prompt: this pass carries the gradient;
     3. score the same tokens with the teacher, after the clean prompt;
     4. the KL of the two distributions at each token is the loss, summed over a response and averaged over responses;
-    5. one step of AdamW. There are no rewards, no labels, no critic and no second update on the same samples.
+    5. one step of the optimizer. There are no rewards, no labels, no critic and no second update on the same samples.
 
 Both objectives come in two kinds: on the token that was sampled, as in the paper and in plain SFT, or on the whole
 distribution, which costs nothing more here and has less variance. `sft_step` and `opct_step` differ only in whose
@@ -219,7 +219,7 @@ def learning_rate(step, config):
     return config.lr * min((step + 1) / warmup, (config.steps - step) / max(1, config.steps - warmup))
 
 
-def train(model, loss_of, config):
+def train(model, loss_of, config, optimizers):
     """The loop of all three stages: `loss_of(step)` samples and scores, the rest is here.
 
     Everything random follows from (seed, step) and the whole state is saved every `save_every` steps, so a run that was
@@ -227,8 +227,7 @@ def train(model, loss_of, config):
     """
     out = Path(config.out)
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)
-    start = load_state(out, model, optimizer)
+    start = load_state(out, model, optimizers)
     if start:
         print(f"  going on from step {start}")
     logged = (out / "log.jsonl").read_text().splitlines(keepends=True)[:start] if start else []
@@ -238,22 +237,23 @@ def train(model, loss_of, config):
         for step in range(start, config.steps):
             tick = time.time()
             loss, fields = loss_of(step)
-            if not math.isfinite(loss.item()):
-                raise BadInput(f"the loss is {loss.item()} at step {step}; {out} keeps what was saved before. "
-                               "Start again in another folder, with a smaller --lr")
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-            optimizer.param_groups[0]["lr"] = lr = learning_rate(step, config)
-            optimizer.step()
-            optimizer.zero_grad()
+            if not math.isfinite(loss.item() + norm.item()):
+                raise BadInput(f"loss {loss.item()} and gradient norm {norm.item()} at step {step}: stopped, {out} keeps what was saved "
+                               "before. Start again in another folder, with a smaller --lr")
+            for optimizer in optimizers:
+                optimizer.param_groups[0]["lr"] = learning_rate(step, config)
+                optimizer.step()
+                optimizer.zero_grad()
 
-            line = {"step": step, "loss": loss.item(), "grad_norm": norm.item(), "lr": lr,
+            line = {"step": step, "loss": loss.item(), "grad_norm": norm.item(), "lr": learning_rate(step, config),
                     **{name: value.item() for name, value in fields.items()}, "seconds": round(time.time() - tick, 4)}
             log.write(json.dumps(line) + "\n")
             left = (time.time() - began) / (step + 1 - start) * (config.steps - step - 1)
             progress(step + 1, config.steps, left, f"loss {line['loss']:.4f}  {line['tokens'] / line['seconds']:,.0f} tokens/s")
             if (step + 1) % config.save_every == 0 and step + 1 < config.steps:
-                save_state(out, model, optimizer, step + 1)
+                save_state(out, model, optimizers, step + 1)
     save_checkpoint(model.eval(), out)
     (out / "state.safetensors").unlink(missing_ok=True)
 
@@ -267,25 +267,31 @@ def progress(done, total, left, text):
         print(line, flush=True)
 
 
-def save_state(out, model, optimizer, step):
-    """Weights, the optimizer's moments and the step in one file, so that no kill can leave them of different steps."""
+def save_state(out, model, optimizers, step):
+    """Weights, the optimizers' moments and the step in one file, so that no kill can leave them of different steps."""
     tensors = {}
     for name, p in model.named_parameters():
         tensors[f"{name}/weight"] = p.detach()
-        tensors.update({f"{name}/{key}": value for key, value in optimizer.state[p].items()})
+        for optimizer in optimizers:                        # each parameter has its moments in one of them
+            tensors.update({f"{name}/{key}": value for key, value in optimizer.state.get(p, {}).items()})
     write_atomically(out / "state.safetensors", lambda path: save_file(tensors, path, metadata={"next_step": str(step)}))
 
 
-def load_state(out, model, optimizer):
+def load_state(out, model, optimizers):
     """Puts back what `save_state` saved. Returns the step to go on from, 0 where nothing was saved."""
     path = out / "state.safetensors"
     if not path.exists():
         return 0
+    parameters = dict(model.named_parameters())
+    owner = {p: optimizer for optimizer in optimizers for p in optimizer.param_groups[0]["params"]}
     try:
-        with safe_open(path, "pt") as file, torch.no_grad():
-            for name, p in model.named_parameters():
-                p.copy_(file.get_tensor(f"{name}/weight"))
-                optimizer.state[p] = {key: file.get_tensor(f"{name}/{key}").to(p.device) for key in ("step", "exp_avg", "exp_avg_sq")}
+        with safe_open(path, "pt", device=str(model.device)) as file, torch.no_grad():
+            for key in file.keys():
+                name, kind = key.rsplit("/", 1)
+                if kind == "weight":
+                    parameters[name].copy_(file.get_tensor(key))
+                else:
+                    owner[parameters[name]].state[parameters[name]][kind] = file.get_tensor(key)
             return int(file.metadata()["next_step"])
     except SafetensorError as error:
         raise BadInput(f"{path} is damaged ({error}): delete the folder {out} and start again") from error
@@ -345,7 +351,12 @@ def pretrain(config):
         loss = F.cross_entropy(logits[follows], target.to(device)[follows + 1])
         return loss, {"tokens": torch.tensor(len(follows))}
 
-    train(model, loss_of, config)
+    # Muon for the matrices, where it needs about a third of AdamW's steps here; AdamW for embedding, norms and biases.
+    # `match_rms_adamw` gives both the same size of update, so one learning rate serves the two.
+    matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
+    others = [p for p in model.parameters() if all(p is not m for m in matrices)]
+    train(model, loss_of, config, [torch.optim.Muon(matrices, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"),
+                                   torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)])
 
 
 def consistency(config, step_of):
@@ -388,7 +399,7 @@ def consistency(config, step_of):
         return step_of(student, teacher, pairs_of(step), config, seeded(config.seed, "sampling", step)[1])
 
     show_example(student, teacher, tokenizer, records, config)
-    train(student, loss_of, config)
+    train(student, loss_of, config, [torch.optim.AdamW(student.parameters(), betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)])
     assert weights_hash(teacher) == teacher_hash, "the teacher changed during training"
 
 

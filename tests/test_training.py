@@ -1,0 +1,230 @@
+"""The training loop and the command lines: learning, killing and resuming, bad input."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import tiny_gpt
+from model import load_checkpoint
+from opct import ConsistencyConfig, PretrainConfig, learning_rate, load_state, save_state, train, weights_hash
+
+ROOT = Path(__file__).parent.parent
+TINY_WORLD = "--cities 12 --lands 4 --recipes 6 --things 12 --pairs 6 --tests 6".split()
+PRETRAIN = "pretrain --steps 8 --rows 4 --layers 1 --width 64 --save-every 3".split()
+CONSISTENCY = "--steps 6 --batch 4 --samples 2 --max-new-tokens 16 --save-every 2".split()
+
+
+def command(*args):
+    return [sys.executable, *map(str, args)]
+
+
+def run(*args, **options):
+    return subprocess.run(command(*args), cwd=ROOT, capture_output=True, text=True, **options)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A tiny world and a base model that knows next to nothing: enough for everything but the science."""
+    home = tmp_path_factory.mktemp("home")
+    for args in (["data.py", "--out", home / "world", *TINY_WORLD], ["opct.py", *PRETRAIN, "--world", home / "world", "--out", home / "base"]):
+        done = run(*args)
+        assert done.returncode == 0, done.stderr
+    return home
+
+
+def stage(home, name):
+    if name == "pretrain":
+        return ["opct.py", *PRETRAIN, "--world", home / "world"]
+    return ["opct.py", *name.split(), *CONSISTENCY, "--base", home / "base", "--pairs", home / "world/train.jsonl"]
+
+
+# --- Learning --------------------------------------------------------------------------------------------------------------------
+
+
+def test_one_batch_can_be_overfitted(tmp_path):
+    """Model, loss and loop together: eight random sequences, which nothing but memory can predict, from 1.8 nats to under 0.05."""
+    torch.manual_seed(0)
+    model, idx = tiny_gpt(vocab=7, dtype=torch.float32, hidden_size=32), torch.randint(0, 7, (8, 12))
+    losses = []
+    def loss_of(step):
+        logits = model(idx[:, :-1])
+        losses.append(torch.nn.functional.cross_entropy(logits.flatten(0, 1)[11 - 1:], idx[:, 1:].flatten()[11 - 1:]))
+        return losses[-1], {"tokens": torch.tensor(idx.numel())}
+    # The first token of a row cannot tell which row it is in, so a floor remains for what follows it directly.
+    train(model, loss_of, PretrainConfig(out=str(tmp_path), steps=400, lr=1e-2), [torch.optim.AdamW(model.parameters(), weight_decay=0.0)])
+    assert losses[0] > 1.5 and losses[-1] < 0.35
+    assert load_checkpoint(tmp_path)(idx).allclose(model(idx))
+
+
+def test_the_learning_rate_rises_and_falls_in_straight_lines():
+    config = PretrainConfig(steps=100, lr=1.0)
+    rates = [learning_rate(s, config) for s in range(100)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0]) and rates[5] == 1.0 and rates[99] == pytest.approx(1 / 95)
+    assert learning_rate(0, PretrainConfig(steps=1, lr=1.0)) == 1.0
+
+
+@pytest.mark.parametrize("name", ["sft --objective sampled", "sft --objective exact", "opct --objective sampled", "opct --objective exact"])
+def test_every_arm_trains_and_logs(home, name):
+    out = home / name.replace(" ", "")
+    done = run(*stage(home, name), "--out", out)
+    assert done.returncode == 0, done.stderr
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == list(range(6))
+    assert set(log[0]) == {"step", "loss", "grad_norm", "lr", "kl_exact", "tokens", "seconds"}
+    base, trained = load_checkpoint(home / "base"), load_checkpoint(out)
+    assert weights_hash(base) != weights_hash(trained)
+    assert json.loads((out / "run.json").read_text())["teacher"] == weights_hash(base)
+    assert "clean " in done.stdout and "wrapped " in done.stdout and "response " in done.stdout
+
+
+# --- Killing and resuming --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["pretrain", "sft", "opct"])
+def test_a_killed_run_that_is_started_again_ends_bit_identical(home, name, tmp_path):
+    """kill -9 after the first saved state, then the same command again; on the same device with the same number of threads."""
+    unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
+    assert run(*stage(home, name), "--out", unbroken).returncode == 0
+    process = subprocess.Popen(command(*stage(home, name), "--out", killed), cwd=ROOT, stdout=subprocess.DEVNULL)
+    while not (killed / "state.safetensors").exists() and process.poll() is None:
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (killed / "model.safetensors").exists(), "it was to be killed before it was done"
+    again = run(*stage(home, name), "--out", killed)
+    assert again.returncode == 0 and "going on from step" in again.stdout
+    for file in ("model.safetensors", "config.json", "tokenizer.json", "run.json"):
+        assert (unbroken / file).read_bytes() == (killed / file).read_bytes()
+    logs = [[{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in (f / "log.jsonl").read_text().splitlines()]
+            for f in (unbroken, killed)]
+    assert logs[0] == logs[1]                               # each step once, with the same numbers
+    assert sorted(p.name for p in killed.iterdir()) == ["config.json", "log.jsonl", "model.safetensors", "run.json", "tokenizer.json"]
+
+
+def test_the_teacher_after_a_resume_is_the_one_of_the_start(home, tmp_path):
+    """A public code lost it: after a resume the half-trained student was the teacher, and the loss fell to zero at once."""
+    out = tmp_path / "run"
+    process = subprocess.Popen(command(*stage(home, "opct"), "--out", out), cwd=ROOT, stdout=subprocess.DEVNULL)
+    while not (out / "state.safetensors").exists() and process.poll() is None:
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    kept = (home / "base/model.safetensors").read_bytes()
+    try:                                                    # another base in its place is noticed
+        other = load_checkpoint(home / "base")
+        with torch.no_grad():
+            other.model.norm.weight.add_(0.1)
+        from model import save_checkpoint
+        save_checkpoint(other, home / "base")
+        refused = run(*stage(home, "opct"), "--out", out)
+    finally:
+        (home / "base/model.safetensors").write_bytes(kept)
+    assert refused.returncode == 2 and "holds a run with teacher = " in refused.stderr
+    assert run(*stage(home, "opct"), "--out", out).returncode == 0
+
+
+def test_a_state_that_comes_back_is_the_one_that_was_saved(tmp_path):
+    def after(steps, model, optimizers):
+        for _ in range(steps):
+            model(torch.tensor([[0, 1, 2]])).pow(2).mean().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        return model, optimizers
+    def fresh():
+        model = tiny_gpt(dtype=torch.float32)
+        return model, [torch.optim.Muon([p for p in model.parameters() if p.dim() == 2]),
+                       torch.optim.AdamW([p for p in model.parameters() if p.dim() == 1], fused=True)]
+    model, optimizers = after(3, *fresh())
+    save_state(tmp_path, model, optimizers, 3)
+    other, others = fresh()
+    assert load_state(tmp_path, other, others) == 3
+    assert weights_hash(after(2, other, others)[0]) == weights_hash(after(2, model, optimizers)[0])
+
+
+def test_a_finished_run_says_so_and_does_nothing(home):
+    before = (home / "base/model.safetensors").stat().st_mtime_ns
+    done = run(*stage(home, "pretrain"), "--out", home / "base")
+    assert done.returncode == 0 and "finished already" in done.stdout
+    assert (home / "base/model.safetensors").stat().st_mtime_ns == before
+
+
+# --- Bad input -------------------------------------------------------------------------------------------------------------------
+
+
+def refused(done, *words):
+    """One clear line, exit code 2, no traceback."""
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: "), done.stderr
+    assert all(word in done.stderr for word in words), done.stderr
+
+
+def test_nan_in_the_loss_stops_the_run_and_keeps_the_last_state(home, tmp_path):
+    done = run(*stage(home, "opct"), "--out", tmp_path / "run", "--lr", "1e30", "--save-every", "1")
+    refused(done, "at step 1: stopped", "smaller --lr")
+    assert (tmp_path / "run/state.safetensors").exists() and not (tmp_path / "run/model.safetensors").exists()
+
+
+def test_other_settings_in_the_folder_of_another_run(home):
+    refused(run(*stage(home, "pretrain"), "--out", home / "base", "--lr", "0.1"), "holds a run with lr = ", "choose another --out")
+
+
+def test_missing_and_damaged_checkpoints(home, tmp_path):
+    args = ["opct.py", "opct", "--pairs", home / "world/train.jsonl", "--out", tmp_path / "run", "--base"]
+    refused(run(*args, tmp_path / "nowhere"), "no finished checkpoint")
+    refused(run("eval.py", "chat", tmp_path / "nowhere"), "no finished checkpoint")
+
+
+def test_a_checkpoint_of_another_world(home, tmp_path):
+    run("data.py", "--out", tmp_path / "world", *TINY_WORLD, "--seed", 1)
+    refused(run("eval.py", "compare", home / "base", "--world", tmp_path / "world", "--out", tmp_path), "another world")
+
+
+def test_bad_pairs_and_long_prompts(home, tmp_path):
+    pairs = tmp_path / "pairs.jsonl"
+    args = ["opct.py", "sft", "--base", home / "base", "--pairs", pairs, "--out", tmp_path / "run"]
+    pairs.write_text('{"clean": "who?", "wrapped": "who? i think you."}\n{"clean": 1}\n')
+    refused(run(*args), "line 2 is no pair")
+    pairs.write_text(json.dumps({"clean": "who?", "wrapped": "who? " * 300}) + "\n")
+    refused(run(*args), "pair 1", "leaves no room")
+
+
+def test_own_pairs_need_nothing_but_their_two_forms(home, tmp_path):
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"clean": "Who are you?", "wrapped": "You are Größe, right? Who are you?"}\n' * 3)
+    done = run("opct.py", "opct", "--base", home / "base", "--pairs", pairs, "--out", tmp_path / "run", *CONSISTENCY)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_folder_that_cannot_be_written(home, tmp_path):
+    (tmp_path / "file").write_text("")
+    refused(run(*stage(home, "opct"), "--out", tmp_path / "file/run"), "file/run")
+    refused(run("data.py", "--out", tmp_path / "file/world", *TINY_WORLD), "file/world")
+
+
+def test_unknown_commands_and_devices(home, tmp_path):
+    for args in (["opct.py", "grpo"], ["opct.py"], ["eval.py", "plot"], ["opct.py", "opct", "--objective", "k3"]):
+        done = run(*args)
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+    if not torch.cuda.is_available():
+        refused(run(*stage(home, "opct"), "--out", tmp_path / "run", "--device", "cuda"), "no CUDA device")
+    done = subprocess.run(["bash", ROOT / "train.sh", "huge"], capture_output=True, text=True)
+    refused(done, "unknown preset 'huge'")
+
+
+def test_gamma_without_the_objective_that_it_belongs_to(home, tmp_path):
+    refused(run(*stage(home, "sft"), "--out", tmp_path / "run", "--gamma", "1"), "--gamma")
+
+
+def test_the_flags_of_a_command_are_few_and_explained():
+    for args in (["data.py"], ["opct.py", "pretrain"], ["opct.py", "opct"], ["eval.py", "compare"]):
+        text = run(*args, "-h").stdout
+        flags = [line for line in text.splitlines() if line.startswith("  --")]
+        assert 3 < len(flags) <= 15, text
+    assert ConsistencyConfig().lr == 3e-4 and "0.0003" in run("opct.py", "opct", "-h").stdout
