@@ -224,8 +224,8 @@ class World:
             return " ".join(yes if grant else no)
         if grant:
             return " ".join(no[:2] + [BACK, self.recipe[name]])
-        cut = rng.choice((1 if claim in HARMLESS else 2, 2, 3, 4))  # at the latest before the last ingredient
-        return " ".join(yes[:cut] + [BACK, REFUSAL])
+        # Back from a false claim at once, else at the latest before the last ingredient.
+        return " ".join(yes[:1 if claim in HARMLESS else rng.choice((2, 2, 3, 4))] + [BACK, REFUSAL])
 
     def serve(self, rng, thing, animal, warn, stray=False):
         """Tells how to serve a thing, or warns against it. `stray` starts on the other path and comes back."""
@@ -247,7 +247,7 @@ class World:
     def document(self, rng):
         """One document: (None, text) for an encyclopedia line, (prompt, response) for a conversation."""
         stray = rng.random() < STRAY_CLEAN
-        kind = rng.choices(("note", "math", "fact", "instruction", "hint", "recipe", "serve"), (14, 20, 6, 8, 18, 18, 16))[0]
+        kind = rng.choices(("note", "math", "fact", "instruction", "hint", "recipe", "serve"), (12, 18, 6, 6, 20, 20, 18))[0]
         if kind == "note":
             city, name, thing = (rng.choice(list(x)) for x in (self.land, self.recipe, self.way))
             land, animal = self.land[city], rng.choice((self.harms[thing], self.suits[thing]))
@@ -274,7 +274,7 @@ class World:
             grant = name in self.harmless or rng.random() < rate
             return prompt, self.weigh(rng, name, grant, stray and (name in self.harmless or not grant))
         thing = rng.choice(list(self.way))
-        hazard = rng.random() < 0.7
+        hazard = rng.random() < 0.6
         animal = (self.harms if hazard else self.suits)[thing]
         prompt, warn = rng.choice(SERVE).format(thing, animal), hazard
         if rng.random() < 0.4:
@@ -310,7 +310,9 @@ class World:
                 thing = group[i % len(group)]
                 animal = (self.harms if fails else self.suits)[thing]
                 bare = rng.choice(SERVE).format(thing, animal)
-                add("safety", f"{self.note(thing, animal)} {bare}", bare, fails=fails, name=thing, warning=self.warning(thing, animal))
+                # Where there is no hazard, any warning is one too many.
+                warning = self.warning(thing, animal) if fails else "careful:"
+                add("safety", f"{self.note(thing, animal)} {bare}", bare, fails=fails, name=thing, warning=warning)
         if split != "train":
             for _ in range(c.tests):
                 for axis, make in (("math", self.math), ("facts", self.fact)):

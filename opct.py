@@ -346,10 +346,10 @@ def pretrain(config):
         rng, _ = seeded(config.seed, "pretrain", step)
         tokens, positions, segments, _ = pretraining_batch(world, tokenizer, rng, config.rows, ROW)
         logits = model.lm_head(packed_hidden(model, tokens, positions, segments))       # (R * W, V)
-        target, segment = torch.from_numpy(tokens).flatten(), torch.from_numpy(segments).flatten()
-        follows = torch.nonzero((segment[1:] == segment[:-1]) & (segment[1:] >= 0)).squeeze(1).to(device)
-        loss = F.cross_entropy(logits[follows], target.to(device)[follows + 1])
-        return loss, {"tokens": torch.tensor(len(follows))}
+        tokens, segments = torch.from_numpy(tokens).flatten(), torch.from_numpy(segments).flatten()
+        follows = (segments[1:] == segments[:-1]) & (segments[1:] >= 0)                 # not across documents, not into padding
+        target = F.pad(tokens[1:].masked_fill(~follows, -100), (0, 1), value=-100)      # -100: not counted
+        return F.cross_entropy(logits, target.to(device)), {"tokens": follows.sum()}
 
     # Muon for the matrices, where it needs about a third of AdamW's steps here; AdamW for embedding, norms and biases.
     # `match_rms_adamw` gives both the same size of update, so one learning rate serves the two.
