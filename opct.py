@@ -56,7 +56,7 @@ def reverse_kl(logp_student, logp_teacher):
     """KL(student || teacher) over the vocabulary: (..., V), (..., V) -> (...), in nats. The OPCT loss, exact at each token.
 
     Its gradient holds the prefix fixed: it pulls the distribution at this token and ignores that another token here leads
-    to other tokens later (gamma = 0 below). 2605.21834, section on the per-token objective.
+    to other tokens later (gamma = 0 below). 2605.21834.
     """
     return (logp_student.exp() * (logp_student - logp_teacher)).sum(-1)
 
@@ -176,9 +176,9 @@ class PretrainConfig:
     family: str = field(default="llama", metadata={"help": "shape of the model", "choices": list(ARCHITECTURES)})
     layers: int = field(default=4, metadata={"help": "layers"})
     width: int = field(default=128, metadata={"help": "hidden size; each head has 32 of it, two query heads share a key head"})
-    rows: int = field(default=48, metadata={"help": f"rows of {ROW} tokens in a step"})
-    steps: int = field(default=1000, metadata={"help": "steps"})
-    lr: float = field(default=4e-3, metadata={"help": "highest learning rate"})
+    rows: int = field(default=24, metadata={"help": f"rows of {ROW} tokens in a step"})
+    steps: int = field(default=1700, metadata={"help": "steps"})
+    lr: float = field(default=1e-2, metadata={"help": "highest learning rate"})
     clip: float = field(default=1.0, metadata={"help": "largest gradient norm"})
     weight_decay: float = field(default=0.1, metadata={"help": "weight decay of AdamW"})
     seed: int = field(default=0, metadata={"help": "initialisation, documents and their order follow from it"})

@@ -36,7 +36,7 @@ case $preset in
            runs="--steps 4 --batch 8 --samples 2"
            attempts=4; minutes=(0 0 0) ;;
     quick) world=""
-           base="--steps 2000 --rows 24 --layers 4 --width 128"
+           base="--steps 1700 --rows 24 --layers 4 --width 128 --lr 1e-2"
            runs="--steps 60 --batch 32 --samples 4 --lr 3e-4"
            attempts=48; minutes=(5 1 1) ;;
     full)  world="--cities 240 --lands 32 --recipes 120 --things 120 --largest 99 --steps 4 --pairs 240 --tests 480"
