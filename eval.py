@@ -169,7 +169,7 @@ def transcripts(records, responses):
 
 
 def figure(arms, logs, path):
-    """Draws the comparison and the learning curves. Without matplotlib says so and draws nothing."""
+    """Draws the comparison and the learning curves; without matplotlib says so and draws nothing."""
     try:
         import matplotlib
     except ImportError:
@@ -177,7 +177,7 @@ def figure(arms, logs, path):
         return
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
-    colours = dict(zip(arms, COLOURS))
+    colours = {arm: COLOURS[i % len(COLOURS)] for i, arm in enumerate(arms)}
     panels = {"failures (lower is better)": {
                   "sycophancy": ("sycophancy", 0), "jailbreak,\none frame": ("jailbreak_static", 0),
                   "jailbreak,\nbest of K": ("jailbreak_best_of", 0), "warnings\nleft out": ("safety_awareness", 1)},
@@ -232,7 +232,7 @@ def compare(args):
     write_text(out / "results.json", json.dumps({"about": about, "arms": arms}, indent=1) + "\n")
     write_text(out / "results.md", f"{text}\n" + "\n".join(f"{k}: {v}" for k, v in about.items()) + f"\n\n```\n{transcripts(records, responses)}```\n")
     figure(arms, logs, out / "results.png")
-    print(f"\n{text}\n{transcripts(records, responses)}\nwritten to {out}: results.json, results.md, results.png")
+    print(f"\n{text}\n{transcripts(records, responses)}\nwritten to {out}: " + ", ".join(sorted(p.name for p in out.glob("results.*"))))
 
 
 def talk(args):

@@ -226,7 +226,7 @@ def sample(logits, temperature, noise):
 
 
 @torch.no_grad()
-def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None):
+def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None, noise=None):
     """Samples one response to each prompt, all at once.
 
     Prompts of different lengths are padded on the left, so that all rows write the same cache column; positions count
@@ -237,6 +237,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None):
         prompts: a list of B lists of token ids.
         temperature: 1 samples what the model says (training needs that, see `opct.py`); 0 takes the likeliest token.
         generator: a torch.Generator on the CPU; the same state gives the same responses.
+        noise: (B, max_new_tokens) uniform in [0, 1), instead of what would be drawn from the generator.
     Returns:
         response (B, R) token ids and mask (B, R) bool, R <= max_new_tokens: True on the response, its end token
         included, False on the padding behind it. A response cut at the limit is kept, without an end token.
@@ -250,7 +251,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None):
                          f"{config.max_position_embeddings}: shorten the prompt, or ask for fewer new tokens")
     idx = torch.tensor([[config.pad_token_id] * (P - len(p)) + p for p in prompts], device=device)
     padding = torch.tensor([P - len(p) for p in prompts], device=device)
-    noise = torch.rand(B, max_new_tokens, generator=generator).to(device)
+    noise = (torch.rand(B, max_new_tokens, generator=generator) if noise is None else noise).to(device)
     response = torch.full((B, max_new_tokens), config.pad_token_id, device=device)
     mask = torch.zeros(B, max_new_tokens, dtype=torch.bool, device=device)
     cache = KVCache(config, B, P + max_new_tokens, like=model.lm_head.weight)
@@ -349,6 +350,8 @@ def load_checkpoint(folder, device="cpu"):
 def pick_device(name=None):
     """The device of that name, by default CUDA where there is one. Called after the arguments are parsed, never at import."""
     device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and "LOCAL_RANK" in os.environ:    # torchrun: a device for each process
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise BadCheckpoint("--device cuda: no CUDA device is to be seen here; leave the flag out to run on the CPU")
     return device

@@ -31,6 +31,7 @@ import copy
 import hashlib
 import json
 import math
+import os
 import random
 import sys
 import time
@@ -38,6 +39,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+import torch.distributed as distributed
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -130,7 +132,17 @@ def token_logp(logp, response, mask):
 # --- The two methods, side by side. Each: pairs in, loss out --------------------------------------------------------------------
 
 
-def sft_step(student, teacher, pairs, config, generator):
+@dataclass
+class Pairs:
+    """The pairs of one update as prompts in tokens, each as often as it gets responses, and what the responses come from."""
+    clean: list
+    wrapped: list
+    response: torch.Tensor | None = None    # SFT: (B, T), sampled once before training,
+    mask: torch.Tensor | None = None        # and the mask of it
+    noise: torch.Tensor | None = None       # OPCT: (B, max_new_tokens), what the student's samples are drawn with
+
+
+def sft_step(student, teacher, pairs, config):
     """Offline: the teacher's responses to the clean prompts, sampled once before training, after the wrapped prompts."""
     response, mask = pairs.response, pairs.mask                                         # (B, T)
     logp_student = response_logp(student, pairs.wrapped, response, mask)                # (N, V)
@@ -140,12 +152,12 @@ def sft_step(student, teacher, pairs, config, generator):
         loss = forward_kl(logp_student, logp_teacher)
     else:
         loss = cross_entropy(token_logp(logp_student, response, mask))
-    return loss.sum() / len(response), {"kl_exact": reverse_kl(logp_student, logp_teacher).mean(), "tokens": mask.sum()}
+    return loss.sum() / len(response), {"kl_exact": reverse_kl(logp_student, logp_teacher).sum(), "tokens": mask.sum()}
 
 
-def opct_step(student, teacher, pairs, config, generator):
+def opct_step(student, teacher, pairs, config):
     """On-policy: the student's own responses to the wrapped prompts, sampled at every update."""
-    response, mask = generate(student, pairs.wrapped, config.max_new_tokens, generator=generator)
+    response, mask = generate(student, pairs.wrapped, config.max_new_tokens, noise=pairs.noise)
     logp_student = response_logp(student, pairs.wrapped, response, mask)                # (N, V)
     with torch.no_grad():
         logp_teacher = response_logp(teacher, pairs.clean, response, mask)              # (N, V)
@@ -154,16 +166,7 @@ def opct_step(student, teacher, pairs, config, generator):
     else:
         own, others = (token_logp(logp, response, mask) for logp in (logp_student, logp_teacher))   # (B, T)
         loss = policy_gradient(own, own.detach(), advantage(own, others, mask, config.gamma))
-    return loss.sum() / len(response), {"kl_exact": reverse_kl(logp_student, logp_teacher).mean(), "tokens": mask.sum()}
-
-
-@dataclass
-class Pairs:
-    """The pairs of one update as prompts in tokens, each as often as it gets responses; for SFT with the responses."""
-    clean: list
-    wrapped: list
-    response: torch.Tensor | None = None    # (B, T), and the mask of it
-    mask: torch.Tensor | None = None
+    return loss.sum() / len(response), {"kl_exact": reverse_kl(logp_student, logp_teacher).sum(), "tokens": mask.sum()}
 
 
 # --- Training --------------------------------------------------------------------------------------------------------------------
@@ -219,43 +222,71 @@ def learning_rate(step, config):
     return config.lr * min((step + 1) / warmup, (config.steps - step) / max(1, config.steps - warmup))
 
 
+def processes():
+    """(rank, number) of the processes that `torchrun` started, (0, 1) without it. They share out each batch and average the
+    gradients, so that the same global batch takes the same step however many there are."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if size > 1 and not distributed.is_initialized():
+        distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return rank, size
+
+
+def average(tensors):
+    """Averages tensors over all processes, in place and in one message."""
+    if processes()[1] > 1:
+        message = torch.cat([t.flatten().float() for t in tensors])
+        distributed.all_reduce(message)
+        for t, mean in zip(tensors, (message / processes()[1]).split([t.numel() for t in tensors])):
+            t.copy_(mean.view_as(t))
+
+
 def train(model, loss_of, config, optimizers):
     """The loop of all three stages: `loss_of(step)` samples and scores, the rest is here.
 
     Everything random follows from (seed, step) and the whole state is saved every `save_every` steps, so a run that was
     killed and is started again ends with the same weights, bit for bit, as one that was not.
     """
-    out = Path(config.out)
+    out, rank = Path(config.out), processes()[0]
     model.train()
     start = load_state(out, model, optimizers)
-    if start:
+    average([torch.zeros(1)])                               # all have read the state before the first one saves the next
+    if start and rank == 0:
         print(f"  going on from step {start}")
     logged = (out / "log.jsonl").read_text().splitlines(keepends=True)[:start] if start else []
-    write_text(str(out / "log.jsonl"), "".join(logged))     # what was logged after the last save comes again
+    if rank == 0:
+        write_text(str(out / "log.jsonl"), "".join(logged))  # what was logged after the last save comes again
     began = time.time()
-    with open(out / "log.jsonl", "a", buffering=1) as log:
+    with open(out / "log.jsonl" if rank == 0 else os.devnull, "a", buffering=1) as log:
         for step in range(start, config.steps):
             tick = time.time()
-            loss, fields = loss_of(step)
+            loss, sums = loss_of(step)
             loss.backward()
+            figures = torch.stack([loss.detach(), *sums.values()])
+            average([*(p.grad for p in model.parameters()), figures])
+            loss, sums = figures[0].item(), {name: total * processes()[1] for name, total in zip(sums, figures[1:].tolist())}
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-            if not math.isfinite(loss.item() + norm.item()):
-                raise BadInput(f"loss {loss.item()} and gradient norm {norm.item()} at step {step}: stopped, {out} keeps what was saved "
+            if not math.isfinite(loss + norm.item()):
+                raise BadInput(f"loss {loss} and gradient norm {norm.item()} at step {step}: stopped, {out} keeps what was saved "
                                "before. Start again in another folder, with a smaller --lr")
             for optimizer in optimizers:
                 optimizer.param_groups[0]["lr"] = learning_rate(step, config)
                 optimizer.step()
                 optimizer.zero_grad()
 
-            line = {"step": step, "loss": loss.item(), "grad_norm": norm.item(), "lr": learning_rate(step, config),
-                    **{name: value.item() for name, value in fields.items()}, "seconds": round(time.time() - tick, 4)}
+            tokens = int(sums.pop("tokens"))
+            line = {"step": step, "loss": loss, **{name: total / tokens for name, total in sums.items()}, "grad_norm": norm.item(),
+                    "lr": learning_rate(step, config), "tokens": tokens, "seconds": round(time.time() - tick, 4)}
+            if rank > 0:                                    # the first process reports and saves for all
+                continue
             log.write(json.dumps(line) + "\n")
             left = (time.time() - began) / (step + 1 - start) * (config.steps - step - 1)
-            progress(step + 1, config.steps, left, f"loss {line['loss']:.4f}  {line['tokens'] / line['seconds']:,.0f} tokens/s")
+            progress(step + 1, config.steps, left, f"loss {loss:.4f}  {tokens / line['seconds']:,.0f} tokens/s")
             if (step + 1) % config.save_every == 0 and step + 1 < config.steps:
                 save_state(out, model, optimizers, step + 1)
-    save_checkpoint(model.eval(), out)
-    (out / "state.safetensors").unlink(missing_ok=True)
+    model.eval()
+    if rank == 0:
+        save_checkpoint(model, out)
+        (out / "state.safetensors").unlink(missing_ok=True)
 
 
 def progress(done, total, left, text):
@@ -297,9 +328,9 @@ def load_state(out, model, optimizers):
         raise BadInput(f"{path} is damaged ({error}): delete the folder {out} and start again") from error
 
 
-def open_run(config, **settings):
-    """Prepares the folder `out` of a run: config.json and tokenizer.json come first, run.json says what the run is,
-    log.jsonl grows, state.safetensors stands there while the run goes on and model.safetensors once it is done.
+def open_run(config, tokenizer, **settings):
+    """Prepares the folder `out` of a run: run.json says what the run is, tokenizer.json belongs to the checkpoint, log.jsonl
+    grows, state.safetensors stands there while the run goes on, config.json and model.safetensors once it is done.
 
     Returns False where the run is finished already. Raises BadInput where the folder holds another run.
     """
@@ -314,7 +345,9 @@ def open_run(config, **settings):
         if (out / "model.safetensors").exists():
             print(f"{out} is finished already, nothing to do")
             return False
-    write_text(str(out / "run.json"), json.dumps(settings, indent=2) + "\n")
+    if processes()[0] == 0:
+        write_text(str(out / "run.json"), json.dumps(settings, indent=2) + "\n")
+        save_tokenizer(tokenizer, out)
     return True
 
 
@@ -326,11 +359,20 @@ def weights_hash(model):
     return digest.hexdigest()[:16]
 
 
+def next_tokens(tokens, segments):
+    """What follows each token of packed rows, -1 where a document or the row ends: (R, W) -> (R, W)."""
+    tokens, segments = torch.from_numpy(tokens), torch.from_numpy(segments)
+    follows = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] >= 0)
+    return F.pad(tokens[:, 1:].masked_fill(~follows, -1), (0, 1), value=-1)
+
+
 def pretrain(config):
     """Next-token prediction on fresh documents of the world, the users' turns included."""
-    device, world = pick_device(config.device), load_world(config.world)
+    (rank, size), device, world = processes(), pick_device(config.device), load_world(config.world)
     tokenizer = load_tokenizer(config.world)
-    if not open_run(config, stage="pretrain", world_config=asdict(world.config)):
+    if config.rows % size:
+        raise BadInput(f"--rows {config.rows} cannot be shared out evenly among {size} processes")
+    if not open_run(config, tokenizer, stage="pretrain", world_config=asdict(world.config)):
         return
     special = tokenizer.encode_single_token
     torch.manual_seed(config.seed)
@@ -339,17 +381,16 @@ def pretrain(config):
         intermediate_size=config.width * 11 // 4, num_hidden_layers=config.layers, num_attention_heads=config.width // 32,
         num_key_value_heads=max(1, config.width // 64), head_dim=32,
         eos_token_id=special("<|im_end|>"), pad_token_id=special("<|pad|>"))).to(device)
-    save_tokenizer(tokenizer, config.out)
     print(f"pretrain: {sum(p.numel() for p in model.parameters()):,} parameters, {config.steps} steps of {config.rows * ROW:,} tokens on {device}")
 
     def loss_of(step):
         rng, _ = seeded(config.seed, "pretrain", step)
         tokens, positions, segments, _ = pretraining_batch(world, tokenizer, rng, config.rows, ROW)
-        logits = model.lm_head(packed_hidden(model, tokens, positions, segments))       # (R * W, V)
-        tokens, segments = torch.from_numpy(tokens).flatten(), torch.from_numpy(segments).flatten()
-        follows = (segments[1:] == segments[:-1]) & (segments[1:] >= 0)                 # not across documents, not into padding
-        target = F.pad(tokens[1:].masked_fill(~follows, -100), (0, 1), value=-100)      # -100: not counted
-        return F.cross_entropy(logits, target.to(device)), {"tokens": follows.sum()}
+        target = next_tokens(tokens, segments)
+        mine = slice(rank, None, size)                      # the rows of this process
+        logits = model.lm_head(packed_hidden(model, tokens[mine], positions[mine], segments[mine]))     # (R * W, V)
+        total = F.cross_entropy(logits, target[mine].flatten().to(device), reduction="sum", ignore_index=-1)
+        return total * size / (target >= 0).sum(), {"tokens": (target[mine] >= 0).sum().to(device)}
 
     # Muon for the matrices, where it needs about a third of AdamW's steps here; AdamW for embedding, norms and biases.
     # `match_rms_adamw` gives both the same size of update, so one learning rate serves the two.
@@ -361,15 +402,16 @@ def pretrain(config):
 
 def consistency(config, step_of):
     """SFT or OPCT: `step_of` is `sft_step` or `opct_step`, all else is the same for both."""
-    device, records = pick_device(config.device), read_jsonl(config.pairs)
+    (rank, size), device, records = processes(), pick_device(config.device), read_jsonl(config.pairs)
     student, tokenizer = load_checkpoint(config.base, device), load_tokenizer(config.base)
     if config.gamma and (step_of is sft_step or config.objective == "exact"):
         raise BadInput("--gamma discounts the sampled token's KL: it goes with `opct --objective sampled`")
+    if config.batch * config.samples % size:
+        raise BadInput(f"{config.batch} pairs with {config.samples} responses cannot be shared out evenly among {size} processes")
     teacher = copy.deepcopy(student).requires_grad_(False).eval()   # the run-start copy, after a resume as well
     teacher_hash = weights_hash(teacher)
-    if not open_run(config, stage=step_of.__name__, teacher=teacher_hash, pairs_hash=hashlib.sha256(repr(records).encode()).hexdigest()[:16]):
+    if not open_run(config, tokenizer, stage=step_of.__name__[:-5], teacher=teacher_hash, pairs_hash=hashlib.sha256(repr(records).encode()).hexdigest()[:16]):
         return
-    save_tokenizer(tokenizer, config.out)
     clean = [chat(tokenizer, r["clean"]) for r in records for _ in range(config.samples)]
     wrapped = [chat(tokenizer, r["wrapped"]) for r in records for _ in range(config.samples)]
     room = student.config.max_position_embeddings - config.max_new_tokens
@@ -388,17 +430,17 @@ def consistency(config, step_of):
         orders = {e: seeded(config.seed, "epoch", e)[0].sample(range(len(records)), len(records)) for e in {a // len(records) for a in at}}
         return [orders[a // len(records)][a % len(records)] * config.samples + s for a in at for s in range(config.samples)]
 
-    def pairs_of(step):
-        rows = take(step)
-        pairs = Pairs([clean[i] for i in rows], [wrapped[i] for i in rows])
-        if step_of is sft_step:
-            pairs.response, pairs.mask = response[rows], mask[rows]
-        return pairs
-
     def loss_of(step):
-        return step_of(student, teacher, pairs_of(step), config, seeded(config.seed, "sampling", step)[1])
+        rows, mine = take(step), slice(rank, None, size)    # the rows of this process
+        pairs = Pairs([clean[i] for i in rows[mine]], [wrapped[i] for i in rows[mine]])
+        if step_of is sft_step:
+            pairs.response, pairs.mask = response[rows[mine]], mask[rows[mine]]
+        else:
+            pairs.noise = torch.rand(len(rows), config.max_new_tokens, generator=seeded(config.seed, "sampling", step)[1])[mine]
+        return step_of(student, teacher, pairs, config)
 
-    show_example(student, teacher, tokenizer, records, config)
+    if rank == 0:
+        show_example(student, teacher, tokenizer, records, config)
     train(student, loss_of, config, [torch.optim.AdamW(student.parameters(), betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)])
     assert weights_hash(teacher) == teacher_hash, "the teacher changed during training"
 

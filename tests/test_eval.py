@@ -1,6 +1,7 @@
 """The figures that are reported: statistics by hand, and the whole pipeline at its smallest."""
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,6 @@ import torch
 
 from conftest import tiny_gpt
 from eval import ORDER, ausc, drift_kl, evaluate, rate, respond, table, wilson
-from data import AXES, World, WorldConfig, chat
-from model import GPT, GPTConfig
 
 ROOT = Path(__file__).parent.parent
 
@@ -22,7 +21,7 @@ def test_wilson_by_hand():
     for p in (low, high):
         assert abs(0.1 - p) == pytest.approx(1.96 * math.sqrt(p * (1 - p) / 100))
     assert low < 0.1 < high
-    assert wilson(0, 20)[0] == 0 and 0.1 < wilson(0, 20)[1] < 0.2 and wilson(20, 20)[1] == 1
+    assert wilson(0, 20)[0] == 0 and 0.1 < wilson(0, 20)[1] < 0.2 and wilson(20, 20)[1] == pytest.approx(1)
     assert rate([True, False, True, True])["value"] == 0.75 and rate([True, False])["n"] == 2
 
 
@@ -33,10 +32,6 @@ def test_ausc_by_hand():
     assert ausc(["a"] * 3, [True] * 3)["value"] == 1
     assert ausc(["a"] * 3, [False] * 3)["value"] == pytest.approx(1 / 101)             # S(0) = 1, whatever the model does
     assert ausc(["a"] * 10, [True] * 7 + [False] * 3)["value"] == pytest.approx(71 / 101)  # 0.7 reaches the threshold 0.7
-
-
-class Scripted:
-    """Answers from a function of the prompt instead of a model."""
 
 
 @pytest.mark.parametrize("behaviour, expected", [
@@ -64,11 +59,10 @@ def test_the_metrics_of_scripted_models(behaviour, expected, world, tokenizer, m
             by_prompt[r["clean"]] = f"so {r['answer']}."
             if axis == "sycophancy":
                 by_prompt[r["wrapped"]] = f"so {r['hint'] if behaviour == 'fallen' else r['answer']}."
-    recipe = {name: text for name, text in world.recipe.items()}
     def scripted(model, tokenizer, prompts, seed, temperature=1.0):
         def answer(prompt):                                 # attack prompts are fresh, so the name in them decides
             name = next((n for n in world.forbidden if f" {n}" in prompt), None)
-            return by_prompt.get(prompt) or (f"yes. {recipe[name]}" if behaviour == "fallen" else "i will not help.")
+            return by_prompt.get(prompt) or (f"yes. {world.recipe[name]}" if behaviour == "fallen" else "i will not help.")
         return ["" if behaviour == "mute" else answer(p) for p in prompts]
     monkeypatch.setattr("eval.respond", scripted)
     model = tiny_gpt(vocab=tokenizer.n_vocab, dtype=torch.float32, max_position_embeddings=256)
@@ -97,11 +91,9 @@ def test_the_smoke_pipeline(tmp_path):
     """`bash train.sh smoke` in a copy of the repository: every stage, then the same command again, which repeats nothing."""
     for name in ("data.py", "model.py", "opct.py", "eval.py", "train.sh"):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
-    env_path = str(Path(sys.executable).parent)
-    import os
+    this_python_first = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     def smoke():
-        return subprocess.run(["bash", "train.sh", "smoke"], cwd=tmp_path, capture_output=True, text=True,
-                              env={**os.environ, "PATH": f"{env_path}:{os.environ['PATH']}"})
+        return subprocess.run(["bash", "train.sh", "smoke"], cwd=tmp_path, capture_output=True, text=True, env=this_python_first)
     done = smoke()
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "out/smoke/results.json").read_text())

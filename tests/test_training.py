@@ -155,6 +155,24 @@ def test_a_finished_run_says_so_and_does_nothing(home):
     assert (home / "base/model.safetensors").stat().st_mtime_ns == before
 
 
+# --- Several processes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["pretrain", "sft", "opct --objective sampled"])
+def test_two_processes_take_the_steps_of_one(home, name, tmp_path):
+    """The same global batch gives the same losses, and so the same weights, however many processes share it out."""
+    logs = []
+    for n in (1, 2):
+        done = run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", n, *stage(home, name), "--out", tmp_path / str(n))
+        assert done.returncode == 0, done.stderr
+        logs.append([json.loads(line) for line in (tmp_path / str(n) / "log.jsonl").read_text().splitlines()])
+    assert len(logs[0]) == len(logs[1]) > 5
+    for one, two in zip(*logs):
+        assert one["tokens"] == two["tokens"] and one["step"] == two["step"]
+        for figure in {"loss", "kl_exact", "grad_norm"} & set(one):
+            assert abs(one[figure] - two[figure]) < 1e-5 * max(1, abs(one[figure])), figure
+
+
 # --- Bad input -------------------------------------------------------------------------------------------------------------------
 
 
