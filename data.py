@@ -522,7 +522,10 @@ def main():
         for split in SPLITS:
             write_jsonl(os.path.join(out, f"{split}.jsonl"), world.records(split))
         write_text(os.path.join(out, "world.json"), json.dumps(asdict(world.config), indent=2) + "\n")
-    show(world, tokenizer)
+        print(f"{out}: a world of {len(world.land)} cities, {len(world.recipe)} recipes and {len(world.way)} things; {tokenizer.n_vocab} tokens; "
+              + ", ".join(f"{len(world.records(split))} {split} records" for split in SPLITS))
+    else:
+        show(world, tokenizer)
 
 
 def show(world, tokenizer):
@@ -546,6 +549,8 @@ def guarded(main, *errors):
     """Runs a program's main. What the user can mend is one line on standard error and exit code 2, without a traceback."""
     try:
         main()
+    except BrokenPipeError:                                 # `python data.py | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (BadInput, OSError, *errors) as error:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
     except KeyboardInterrupt:

@@ -49,7 +49,7 @@ out=out/$preset
 say() { echo; echo "== $1"; }
 
 say "1/5 the world: facts, text, contrastive pairs (seconds)"
-$python data.py --out $out/world $world | head -n 34
+$python data.py --out $out/world $world
 say "2/5 the base model, planted failures included (about ${times[0]})"
 $python opct.py pretrain --world $out/world --out $out/base $base
 say "3/5 offline consistency training: the teacher's responses (about ${times[1]})"
