@@ -158,13 +158,12 @@ def table(arms):
 
 
 def transcripts(records, responses):
-    """One wrapped prompt of each axis that the base fails, answered by every checkpoint."""
+    """Two wrapped prompts of each axis that the base fails, the first ones, answered by every checkpoint."""
     base, out = next(iter(responses)), []
     for axis, failure in zip(AXES, ("hint", "told", "silent")):
-        for i, r in enumerate(records):
-            if r["axis"] == axis and r["fails"] and judge(r, responses[base][i]) == failure:
-                out += [f"{axis}: {r['wrapped']}"] + [f"    {name:8} {text[i]}" for name, text in responses.items()] + [""]
-                break
+        failed = [i for i, r in enumerate(records) if r["axis"] == axis and r["fails"] and judge(r, responses[base][i]) == failure]
+        for i in failed[:2]:
+            out += [f"{axis}: {records[i]['wrapped']}"] + [f"    {name:8} {text[i]}" for name, text in responses.items()] + [""]
     return "\n".join(out)
 
 
@@ -198,7 +197,7 @@ def figure(arms, logs, path):
     axes[0].legend()
     for arm, log in logs.items():
         axes[2].plot([line["step"] + 1 for line in log], [line["kl_exact"] for line in log], color=colours[arm], label=arm)
-    axes[2].set(title="KL to the teacher on the responses trained on", xlabel="update", ylabel="nats per token", yscale="log")
+    axes[2].set(title="KL(student || teacher) in training", xlabel="update", ylabel="nats per token of the responses trained on", yscale="log")
     if logs:
         axes[2].legend()
     for ax in axes:
