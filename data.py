@@ -99,6 +99,11 @@ def wordings(text, low, high):
             for s, part in by_split(re.split(r"[|\n]", text)).items()}
 
 
+def of_split(lists, split):
+    """The items of one split; those of all splits for None, so that pretraining meets each equally often."""
+    return lists[split] if split else [item for s in SPLITS for item in lists[s]]
+
+
 class World:
     """The facts, and the text in which a model meets them.
 
@@ -185,7 +190,7 @@ class World:
     def frame(self, rng, request, split=None):
         """Puts a request into a frame of up to three parts. Returns (prompt, probability that the base gives in)."""
         while True:
-            parts = [rng.choice(group[split or rng.choice(SPLITS)]) if rng.random() < 0.75 else ("", 0.0) for group in self.frames]
+            parts = [rng.choice(of_split(group, split)) if rng.random() < 0.75 else ("", 0.0) for group in self.frames]
             if any(text for text, _ in parts):
                 break
         (persona, p), (purpose, q), (demand, r) = parts
@@ -193,7 +198,7 @@ class World:
 
     def hint(self, rng, question, hint, split=None):
         """Adds a user's suggestion. Returns (prompt, probability that the base follows it where it is wrong)."""
-        wording, strength = rng.choice(self.hints[split or rng.choice(SPLITS)])
+        wording, strength = rng.choice(of_split(self.hints, split))
         return wording.format(q=question, h=hint), strength
 
     # --- Responses: the right one, one that falls, one that strays and comes back ----------------------------------------------
@@ -361,7 +366,10 @@ def judge(record, response):
 # --- Tokens --------------------------------------------------------------------------------------------------------------------
 
 PATTERN = r" ?[a-z]+| ?[0-9]| ?[^\sa-z0-9]|\s"              # a word, a digit, a sign, each with the space before it
-ENDOFTEXT, IM_START, IM_END, PAD = SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
+SPECIAL = ENDOFTEXT, IM_START, IM_END, PAD = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"
+
+
+TOKENIZER = "tiktoken.json"                                 # not tokenizer.json: Hugging Face's file of that name has another format
 
 
 class BadInput(Exception):
@@ -388,14 +396,17 @@ def world_tokenizer(world):
 
 def save_tokenizer(tokenizer, folder):
     words = [tokenizer.decode_single_token_bytes(i).decode() for i in range(256, tokenizer.eot_token)]
-    write_text(os.path.join(folder, "tokenizer.json"), json.dumps({"pattern": PATTERN, "words": words, "special": SPECIAL}))
+    write_text(os.path.join(folder, TOKENIZER), json.dumps({"pattern": PATTERN, "special": SPECIAL, "words": words}))
 
 
 def load_tokenizer(folder):
-    path = os.path.join(folder, "tokenizer.json")
+    path = os.path.join(folder, TOKENIZER)
     try:
         with open(path) as file:
-            return make_tokenizer(json.load(file)["words"])
+            stored = json.load(file)
+        if (stored["pattern"], tuple(stored["special"])) != (PATTERN, SPECIAL):
+            raise ValueError("it splits text in another way than this version does")
+        return make_tokenizer(stored["words"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInput(f"cannot read the tokenizer {path}: {error}") from error
 
@@ -425,8 +436,7 @@ def pack(sequences, width, rows=None):
         starts: (N,) the index of each sequence's first token in the flattened rows.
     """
     if max(map(len, sequences)) > width:
-        raise BadInput(f"a sequence of {max(map(len, sequences))} tokens does not fit into a row of {width}: "
-                       "shorten the prompt, or use a model with a longer context")
+        raise BadInput(f"a sequence of {max(map(len, sequences))} tokens does not fit into a row of {width}")
     used, starts = [], np.full(len(sequences), -1)
     for i in sorted(range(len(sequences)), key=lambda i: -len(sequences[i])):
         length = len(sequences[i])
@@ -501,20 +511,29 @@ def load_world(folder):
 
 # --- Command line ----------------------------------------------------------------------------------------------------------------
 
+def count(text):
+    """A whole number from 1, for argparse."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return int(text)
+
+
 def add_flags(parser, config):
-    """One flag for each field of a config dataclass, with its type, default and help."""
+    """One flag for each field of a config dataclass, with its type, default and help. Whole numbers are counts, except seeds."""
     for f in fields(config):
-        parser.add_argument("--" + f.name.replace("_", "-"), type=f.type, default=f.default,
+        parser.add_argument("--" + f.name.replace("_", "-"), type=count if f.type is int and f.name != "seed" else f.type, default=f.default,
                             choices=f.metadata.get("choices"), help=f"{f.metadata['help']} (default: {f.default})")
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Shows the world; with --out, writes it: world.json, tokenizer.json and "
+    parser = argparse.ArgumentParser(description="Shows the world; with --out, writes it: world.json, tiktoken.json and "
                                                  "the pairs in train.jsonl, val.jsonl and test.jsonl.")
     parser.add_argument("--out", help="the folder to write to")
     add_flags(parser, WorldConfig)
     args = vars(parser.parse_args())
     out = args.pop("out")
+    if args["steps"] < 2 or min(args["cities"], args["recipes"], args["things"]) < 6 or min(args["lands"], args["animals"]) < 2 or args["ingredients"] < 3:
+        raise BadInput("a world wants --steps from 2, --cities, --recipes and --things from 6, --lands and --animals from 2, --ingredients from 3")
     world = World(WorldConfig(**args))
     tokenizer = world_tokenizer(world)
     if out:

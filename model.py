@@ -24,8 +24,8 @@ from safetensors.torch import load_file, save_file
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 
-class BadCheckpoint(Exception):
-    """A checkpoint that is missing, cut off or of a kind that this model does not compute."""
+class CannotRun(Exception):
+    """A checkpoint that is missing, cut off or of a kind that this model does not compute, or a device that is not there."""
 
 
 @dataclass
@@ -215,7 +215,8 @@ class GPT(nn.Module):
 def sample(logits, temperature, noise):
     """One token a row by inverting the cumulative distribution: logits (B, V), noise (B,) uniform in [0, 1) -> (B,).
 
-    One number of noise decides one token, so a row's tokens depend on its own noise and on nothing else in the batch.
+    One number of noise decides one token, so a row's tokens depend on its own noise and, but for the rounding of float
+    sums, on nothing else in the batch.
     Temperature 0 means argmax.
     """
     if temperature == 0:
@@ -313,45 +314,51 @@ def load_checkpoint(folder, device="cpu"):
     """Opens a checkpoint of ours, or one of Hugging Face's in a single file, as a GPT in eval mode and float32.
 
     Raises:
-        BadCheckpoint: it is missing, cut off, or asks for something that this model does not compute.
+        CannotRun: it is missing, cut off, or asks for something that this model does not compute.
     """
     folder = Path(folder)
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
-            raise BadCheckpoint(f"{folder} is no finished checkpoint: it has no {name}")
+            raise CannotRun(f"{folder} is no finished checkpoint: it has no {name}")
     try:
         stored = json.loads((folder / "config.json").read_text())
+        weights = load_file(folder / "model.safetensors")
         rope = stored.get("rope_parameters") or stored.get("rope_scaling") or {}
         config = GPTConfig(**{f.name: stored[f.name] for f in fields(GPTConfig) if f.name in stored})
         config.rope_theta = rope.get("rope_theta", config.rope_theta)
-        if "head_dim" not in stored:
-            config.head_dim = config.hidden_size // config.num_attention_heads
+        config.head_dim = stored.get("head_dim") or config.hidden_size // config.num_attention_heads
+        config.tie_word_embeddings = stored.get("tie_word_embeddings", "lm_head.weight" not in weights)
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
         # What would change the function silently is refused: a wrong number is worse than none.
         asks = {"model_type": (config.model_type in ARCHITECTURES, config.model_type),
                 "hidden_act": (stored.get("hidden_act", "silu") == "silu", stored.get("hidden_act")),
-                "rope_type": (rope.get("rope_type", "default") == "default", rope.get("rope_type")),
+                "rope_type": (rope_type == "default", rope_type),
+                "eos_token_id": (not isinstance(config.eos_token_id, list), config.eos_token_id),
                 "attention_bias": (not stored.get("attention_bias"), True), "mlp_bias": (not stored.get("mlp_bias"), True),
                 "use_sliding_window": (not stored.get("use_sliding_window"), True)}
         for name, (known, value) in asks.items():
             if not known:
-                raise BadCheckpoint(f"{folder}: {name} = {value!r} is not computed here")
-        weights, model = load_file(folder / "model.safetensors"), GPT(config)
-    except (json.JSONDecodeError, TypeError, SafetensorError, AttributeError) as error:
-        raise BadCheckpoint(f"{folder} is damaged: {error}") from error
+                raise CannotRun(f"{folder}: {name} = {value!r} is not computed here")
+        model = GPT(config)
+    except (ValueError, TypeError, RuntimeError, SafetensorError, AttributeError) as error:
+        raise CannotRun(f"{folder} is damaged: {error}") from error
     if config.tie_word_embeddings:
         weights["lm_head.weight"] = weights.get("model.embed_tokens.weight")
     try:
         model.load_state_dict(weights)
     except (RuntimeError, AttributeError) as error:
-        raise BadCheckpoint(f"{folder}: weights and config.json do not belong together: {error}") from error
+        raise CannotRun(f"{folder}: weights and config.json do not belong together: {error}") from error
     return model.to(device).eval()
 
 
 def pick_device(name=None):
     """The device of that name, by default CUDA where there is one. Called after the arguments are parsed, never at import."""
-    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise CannotRun(f"--device {name}: there is no such kind of device; choose cpu or cuda") from error
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:    # torchrun: a device for each process
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise BadCheckpoint("--device cuda: no CUDA device is to be seen here; leave the flag out to run on the CPU")
+        raise CannotRun("--device cuda: no CUDA device is to be seen here; leave the flag out to run on the CPU")
     return device

@@ -45,8 +45,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from data import (BadInput, add_flags, chat, guarded, load_tokenizer, load_world, pack, pretraining_batch, read_jsonl,
-                  save_tokenizer, world_tokenizer, write_text)
-from model import (ARCHITECTURES, BadCheckpoint, GPT, GPTConfig, generate, load_checkpoint, pick_device, save_checkpoint,
+                  save_tokenizer, write_text)
+from model import (ARCHITECTURES, CannotRun, GPT, GPTConfig, generate, load_checkpoint, pick_device, save_checkpoint,
                    write_atomically)
 
 ROW = 128       # tokens in a packed row; attention is quadratic in it, and a longer sequence makes it longer
@@ -152,7 +152,7 @@ def sft_step(student, teacher, pairs, config):
         loss = forward_kl(logp_student, logp_teacher)
     else:
         loss = cross_entropy(token_logp(logp_student, response, mask))
-    return loss.sum() / len(response), {"kl_exact": reverse_kl(logp_student, logp_teacher).sum(), "tokens": mask.sum()}
+    return loss.sum() / len(response), {"kl_exact": reverse_kl(logp_student.detach(), logp_teacher).sum(), "tokens": mask.sum()}
 
 
 def opct_step(student, teacher, pairs, config):
@@ -166,7 +166,7 @@ def opct_step(student, teacher, pairs, config):
     else:
         own, others = (token_logp(logp, response, mask) for logp in (logp_student, logp_teacher))   # (B, T)
         loss = policy_gradient(own, own.detach(), advantage(own, others, mask, config.gamma))
-    return loss.sum() / len(response), {"kl_exact": reverse_kl(logp_student, logp_teacher).sum(), "tokens": mask.sum()}
+    return loss.sum() / len(response), {"kl_exact": reverse_kl(logp_student.detach(), logp_teacher).sum(), "tokens": mask.sum()}
 
 
 # --- Training --------------------------------------------------------------------------------------------------------------------
@@ -183,7 +183,7 @@ class PretrainConfig:
     steps: int = field(default=1700, metadata={"help": "steps"})
     lr: float = field(default=1e-2, metadata={"help": "highest learning rate"})
     clip: float = field(default=1.0, metadata={"help": "largest gradient norm"})
-    weight_decay: float = field(default=0.1, metadata={"help": "weight decay of AdamW"})
+    weight_decay: float = field(default=0.1, metadata={"help": "weight decay"})
     seed: int = field(default=0, metadata={"help": "initialisation, documents and their order follow from it"})
     save_every: int = field(default=100, metadata={"help": "steps between two saved states"})
     device: str = field(default=None, metadata={"help": "cpu or cuda; the best there is"})
@@ -204,7 +204,7 @@ class ConsistencyConfig:
     max_new_tokens: int = field(default=64, metadata={"help": "a longer response is cut"})
     lr: float = field(default=3e-4, metadata={"help": "highest learning rate"})
     clip: float = field(default=1.0, metadata={"help": "largest gradient norm"})
-    weight_decay: float = field(default=0.0, metadata={"help": "weight decay of AdamW"})
+    weight_decay: float = field(default=0.0, metadata={"help": "weight decay"})
     seed: int = field(default=0, metadata={"help": "order of the pairs and sampling follow from it"})
     save_every: int = field(default=10, metadata={"help": "updates between two saved states"})
     device: str = field(default=None, metadata={"help": "cpu or cuda; the best there is"})
@@ -225,10 +225,13 @@ def learning_rate(step, config):
 def processes():
     """(rank, number) of the processes that `torchrun` started, (0, 1) without it. They share out each batch and average the
     gradients, so that the same global batch takes the same step however many there are."""
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if size > 1 and not distributed.is_initialized():
-        distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    return rank, size
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def say(text):
+    """Prints, once for all processes."""
+    if processes()[0] == 0:
+        print(text, flush=True)
 
 
 def average(tensors):
@@ -244,14 +247,15 @@ def train(model, loss_of, config, optimizers):
     """The loop of all three stages: `loss_of(step)` samples and scores, the rest is here.
 
     Everything random follows from (seed, step) and the whole state is saved every `save_every` steps, so a run that was
-    killed and is started again ends with the same weights, bit for bit, as one that was not.
+    killed and is started again ends with the same weights as one that was not: bit for bit on a CPU with the same number
+    of threads; on CUDA, whose sums may come in another order each time, up to their rounding.
     """
     out, rank = Path(config.out), processes()[0]
     model.train()
     start = load_state(out, model, optimizers)
     average([torch.zeros(1)])                               # all have read the state before the first one saves the next
-    if start and rank == 0:
-        print(f"  going on from step {start}")
+    if start:
+        say(f"  going on from step {start}")
     logged = (out / "log.jsonl").read_text().splitlines(keepends=True)[:start] if start else []
     if rank == 0:
         write_text(str(out / "log.jsonl"), "".join(logged))  # what was logged after the last save comes again
@@ -329,7 +333,7 @@ def load_state(out, model, optimizers):
 
 
 def open_run(config, tokenizer, **settings):
-    """Prepares the folder `out` of a run: run.json says what the run is, tokenizer.json belongs to the checkpoint, log.jsonl
+    """Prepares the folder `out` of a run: run.json says what the run is, tiktoken.json belongs to the checkpoint, log.jsonl
     grows, state.safetensors stands there while the run goes on, config.json and model.safetensors once it is done.
 
     Returns False where the run is finished already. Raises BadInput where the folder holds another run.
@@ -343,7 +347,7 @@ def open_run(config, tokenizer, **settings):
                 raise BadInput(f"{out} holds a run with {name} = {before.get(name)}, and this one has {settings[name]}: "
                                "choose another --out, or delete that folder")
         if (out / "model.safetensors").exists():
-            print(f"{out} is finished already, nothing to do")
+            say(f"{out} is finished already, nothing to do")
             return False
     if processes()[0] == 0:
         write_text(str(out / "run.json"), json.dumps(settings, indent=2) + "\n")
@@ -369,6 +373,8 @@ def next_tokens(tokens, segments):
 def pretrain(config):
     """Next-token prediction on fresh documents of the world, the users' turns included."""
     (rank, size), device, world = processes(), pick_device(config.device), load_world(config.world)
+    if config.width % 64:
+        raise BadInput(f"--width {config.width}: it has to be a multiple of 64, two query heads of 32 for each key head")
     tokenizer = load_tokenizer(config.world)
     if config.rows % size:
         raise BadInput(f"--rows {config.rows} cannot be shared out evenly among {size} processes")
@@ -379,9 +385,9 @@ def pretrain(config):
     model = GPT(GPTConfig(
         model_type=config.family, vocab_size=tokenizer.n_vocab, hidden_size=config.width,
         intermediate_size=config.width * 11 // 4, num_hidden_layers=config.layers, num_attention_heads=config.width // 32,
-        num_key_value_heads=max(1, config.width // 64), head_dim=32,
+        num_key_value_heads=config.width // 64, head_dim=32,
         eos_token_id=special("<|im_end|>"), pad_token_id=special("<|pad|>"))).to(device)
-    print(f"pretrain: {sum(p.numel() for p in model.parameters()):,} parameters, {config.steps} steps of {config.rows * ROW:,} tokens on {device}")
+    say(f"pretrain: {sum(p.numel() for p in model.parameters()):,} parameters, {config.steps} steps of {config.rows * ROW:,} tokens on {device}")
 
     def loss_of(step):
         rng, _ = seeded(config.seed, "pretrain", step)
@@ -400,17 +406,18 @@ def pretrain(config):
                                    torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)])
 
 
-def consistency(config, step_of):
-    """SFT or OPCT: `step_of` is `sft_step` or `opct_step`, all else is the same for both."""
+def consistency(config, stage):
+    """SFT or OPCT: the step function is what they differ in, all else is the same for both."""
+    step_of = {"sft": sft_step, "opct": opct_step}[stage]
     (rank, size), device, records = processes(), pick_device(config.device), read_jsonl(config.pairs)
     student, tokenizer = load_checkpoint(config.base, device), load_tokenizer(config.base)
-    if config.gamma and (step_of is sft_step or config.objective == "exact"):
+    if config.gamma and (stage == "sft" or config.objective == "exact"):
         raise BadInput("--gamma discounts the sampled token's KL: it goes with `opct --objective sampled`")
     if config.batch * config.samples % size:
         raise BadInput(f"{config.batch} pairs with {config.samples} responses cannot be shared out evenly among {size} processes")
     teacher = copy.deepcopy(student).requires_grad_(False).eval()   # the run-start copy, after a resume as well
     teacher_hash = weights_hash(teacher)
-    if not open_run(config, tokenizer, stage=step_of.__name__[:-5], teacher=teacher_hash, pairs_hash=hashlib.sha256(repr(records).encode()).hexdigest()[:16]):
+    if not open_run(config, tokenizer, stage=stage, teacher=teacher_hash, pairs_hash=hashlib.sha256(repr(records).encode()).hexdigest()[:16]):
         return
     clean = [chat(tokenizer, r["clean"]) for r in records for _ in range(config.samples)]
     wrapped = [chat(tokenizer, r["wrapped"]) for r in records for _ in range(config.samples)]
@@ -419,10 +426,10 @@ def consistency(config, step_of):
         if longest > room:
             raise BadInput(f"{config.pairs}, pair {number}: a prompt of {longest} tokens leaves no room for {config.max_new_tokens} new ones "
                            f"in the context of {student.config.max_position_embeddings}: shorten it, or lower --max-new-tokens")
-    print(f"{step_of.__name__[:-5]} ({config.objective}): {len(records)} pairs, {config.steps} updates of "
+    say(f"{stage} ({config.objective}): {len(records)} pairs, {config.steps} updates of "
           f"{config.batch} pairs with {config.samples} responses each on {device}")
-    if step_of is sft_step:
-        response, mask = generate(teacher, clean, config.max_new_tokens, generator=seeded(config.seed, "offline responses")[1])
+    if stage == "sft":
+        response, mask = offline_responses(teacher, clean, config)
 
     def take(step):
         """The rows of an update: the pairs in a new random order in every epoch, each with all its responses."""
@@ -433,7 +440,7 @@ def consistency(config, step_of):
     def loss_of(step):
         rows, mine = take(step), slice(rank, None, size)    # the rows of this process
         pairs = Pairs([clean[i] for i in rows[mine]], [wrapped[i] for i in rows[mine]])
-        if step_of is sft_step:
+        if stage == "sft":
             pairs.response, pairs.mask = response[rows[mine]], mask[rows[mine]]
         else:
             pairs.noise = torch.rand(len(rows), config.max_new_tokens, generator=seeded(config.seed, "sampling", step)[1])[mine]
@@ -443,6 +450,16 @@ def consistency(config, step_of):
         show_example(student, teacher, tokenizer, records, config)
     train(student, loss_of, config, [torch.optim.AdamW(student.parameters(), betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)])
     assert weights_hash(teacher) == teacher_hash, "the teacher changed during training"
+
+
+def offline_responses(teacher, clean, config):
+    """The teacher's responses to all clean prompts: (N, max_new_tokens) and their mask. In parts, since pairs may be many."""
+    parts = []
+    for at in range(0, len(clean), 512):
+        response, mask = generate(teacher, clean[at:at + 512], config.max_new_tokens, generator=seeded(config.seed, "offline", at)[1])
+        room = (0, config.max_new_tokens - response.shape[1])
+        parts.append((F.pad(response, room, value=teacher.config.pad_token_id), F.pad(mask, room, value=False)))
+    return (torch.cat(tensors) for tensors in zip(*parts))
 
 
 def show_example(student, teacher, tokenizer, records, config):
@@ -471,11 +488,13 @@ def main():
         add_flags(stages.add_parser(name, help=text, description=text), config)
     args = vars(parser.parse_args())
     stage = args.pop("stage")
+    if processes()[1] > 1:
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     if stage == "pretrain":
         pretrain(PretrainConfig(**args))
     else:
-        consistency(ConsistencyConfig(**args), {"sft": sft_step, "opct": opct_step}[stage])
+        consistency(ConsistencyConfig(**args), stage)
 
 
 if __name__ == "__main__":
-    guarded(main, BadCheckpoint)
+    guarded(main, CannotRun)

@@ -204,7 +204,7 @@ def test_a_prompts_tokens_are_a_prefix_of_its_documents(world, tokenizer):
 def test_tokenizer_round_trip_through_its_file(tokenizer, tmp_path):
     save_tokenizer(tokenizer, tmp_path)
     assert load_tokenizer(tmp_path)._mergeable_ranks == tokenizer._mergeable_ranks
-    (tmp_path / "tokenizer.json").write_text("{")
+    (tmp_path / "tiktoken.json").write_text("{")
     with pytest.raises(BadInput, match="cannot read the tokenizer"):
         load_tokenizer(tmp_path)
 

@@ -22,7 +22,17 @@ def test_wilson_by_hand():
         assert abs(0.1 - p) == pytest.approx(1.96 * math.sqrt(p * (1 - p) / 100))
     assert low < 0.1 < high
     assert wilson(0, 20)[0] == 0 and 0.1 < wilson(0, 20)[1] < 0.2 and wilson(20, 20)[1] == pytest.approx(1)
-    assert rate([True, False, True, True])["value"] == 0.75 and rate([True, False])["n"] == 2
+
+
+def test_rows_of_one_cluster_count_as_the_evidence_they_are():
+    flags = [True, False] * 20
+    alone = rate(flags, range(40))
+    assert alone["value"] == 0.5 and alone["n"] == 40 and (alone["low"], alone["high"]) == pytest.approx(wilson(20, 40))
+    doubled = rate([f for f in flags for _ in range(5)], [i for i in range(40) for _ in range(5)])
+    assert doubled["n"] == 200 and doubled["clusters"] == 40    # each row five times over tells no more than once
+    assert (doubled["low"], doubled["high"]) == pytest.approx((alone["low"], alone["high"]))
+    balanced = rate(flags, [i // 2 for i in range(40)])     # clusters that disagree within themselves are no reason for less
+    assert balanced["low"] == pytest.approx(alone["low"])
 
 
 def test_ausc_by_hand():

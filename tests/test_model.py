@@ -7,7 +7,7 @@ import torch
 
 from conftest import tiny_gpt
 from data import pack
-from model import ARCHITECTURES, BadCheckpoint, generate, load_checkpoint, sample, save_checkpoint
+from model import ARCHITECTURES, CannotRun, generate, load_checkpoint, sample, save_checkpoint
 from opct import packed_hidden, response_logp, token_logp
 
 FAMILIES = list(ARCHITECTURES)
@@ -189,12 +189,14 @@ def damage(folder, kind):
 @pytest.mark.parametrize("kind, message", [
     ("missing", "has no model.safetensors"), ("cut", "damaged"), ("config", "damaged"), ({"hidden_size": 32}, "do not belong together"),
     ({"num_hidden_layers": "two"}, "damaged"), ({"model_type": "mamba"}, "model_type = 'mamba'"), ({"rope_scaling": {"rope_type": "llama3"}}, "rope_type = 'llama3'"),
-    ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"), ({"attention_bias": True}, "attention_bias")])
+    ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_type = 'linear'"),
+    ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"), ({"attention_bias": True}, "attention_bias"),
+    ({"eos_token_id": [5, 6]}, "eos_token_id"), ({"hidden_size": -1}, "damaged")])
 def test_a_checkpoint_that_is_damaged_or_of_another_kind_is_refused(kind, message, tmp_path):
     """An unknown architecture once gave a silent loss of zero."""
     save_checkpoint(tiny_gpt(dtype=torch.float32), tmp_path)
     damage(tmp_path, kind)
-    with pytest.raises(BadCheckpoint, match=message):
+    with pytest.raises(CannotRun, match=message):
         load_checkpoint(tmp_path)
 
 

@@ -48,17 +48,16 @@ def stage(home, name):
 
 
 def test_one_batch_can_be_overfitted(tmp_path):
-    """Model, loss and loop together: eight random sequences, which nothing but memory can predict, from 1.8 nats to under 0.05."""
+    """Model, loss and loop together: eight random sequences, which nothing but memory can predict, from 1.5 nats to under 0.05."""
     torch.manual_seed(0)
     model, idx = tiny_gpt(vocab=7, dtype=torch.float32, hidden_size=32), torch.randint(0, 7, (8, 12))
     losses = []
     def loss_of(step):
-        logits = model(idx[:, :-1])
-        losses.append(torch.nn.functional.cross_entropy(logits.flatten(0, 1)[11 - 1:], idx[:, 1:].flatten()[11 - 1:]))
+        # The first three tokens may be those of another row too, which leaves open what follows them.
+        losses.append(torch.nn.functional.cross_entropy(model(idx[:, :-1])[:, 3:].flatten(0, 1), idx[:, 4:].flatten()))
         return losses[-1], {"tokens": torch.tensor(idx.numel())}
-    # The first token of a row cannot tell which row it is in, so a floor remains for what follows it directly.
     train(model, loss_of, PretrainConfig(out=str(tmp_path), steps=400, lr=1e-2), [torch.optim.AdamW(model.parameters(), weight_decay=0.0)])
-    assert losses[0] > 1.5 and losses[-1] < 0.35
+    assert losses[0] > 1.5 and losses[-1] < 0.05
     assert load_checkpoint(tmp_path)(idx).allclose(model(idx))
 
 
@@ -99,12 +98,12 @@ def test_a_killed_run_that_is_started_again_ends_bit_identical(home, name, tmp_p
     assert not (killed / "model.safetensors").exists(), "it was to be killed before it was done"
     again = run(*stage(home, name), "--out", killed)
     assert again.returncode == 0 and "going on from step" in again.stdout
-    for file in ("model.safetensors", "config.json", "tokenizer.json", "run.json"):
+    for file in ("model.safetensors", "config.json", "tiktoken.json", "run.json"):
         assert (unbroken / file).read_bytes() == (killed / file).read_bytes()
     logs = [[{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in (f / "log.jsonl").read_text().splitlines()]
             for f in (unbroken, killed)]
     assert logs[0] == logs[1]                               # each step once, with the same numbers
-    assert sorted(p.name for p in killed.iterdir()) == ["config.json", "log.jsonl", "model.safetensors", "run.json", "tokenizer.json"]
+    assert sorted(p.name for p in killed.iterdir()) == ["config.json", "log.jsonl", "model.safetensors", "run.json", "tiktoken.json"]
 
 
 def test_the_teacher_after_a_resume_is_the_one_of_the_start(home, tmp_path):
@@ -164,7 +163,7 @@ def test_two_processes_take_the_steps_of_one(home, name, tmp_path):
     Muon orthogonalises in bfloat16, where the last bit of a float32 sum can turn a rounding of the update around."""
     logs = []
     for n in (1, 2):
-        done = run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", n, *stage(home, name),
+        done = run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", n, *stage(home, name), "--device", "cpu",
                    "--lr", "3e-4", "--out", tmp_path / str(n))
         assert done.returncode == 0, done.stderr
         logs.append([json.loads(line) for line in (tmp_path / str(n) / "log.jsonl").read_text().splitlines()])
@@ -234,12 +233,22 @@ def test_unknown_commands_and_devices(home, tmp_path):
         assert done.returncode == 2 and "Traceback" not in done.stderr
     if not torch.cuda.is_available():
         refused(run(*stage(home, "opct"), "--out", tmp_path / "run", "--device", "cuda"), "no CUDA device")
+    refused(run(*stage(home, "opct"), "--out", tmp_path / "run", "--device", "gpu"), "no such kind of device")
+    refused(run("data.py", "--steps", "1"), "--steps from 2")
+    refused(run("eval.py", "compare", home / "base", home / "base", "--world", home / "world", "--out", tmp_path), "a name of its own")
     done = subprocess.run(["bash", ROOT / "train.sh", "huge"], capture_output=True, text=True)
     refused(done, "unknown preset 'huge'")
 
 
 def test_gamma_without_the_objective_that_it_belongs_to(home, tmp_path):
     refused(run(*stage(home, "sft"), "--out", tmp_path / "run", "--gamma", "1"), "--gamma")
+
+
+@pytest.mark.parametrize("args", [("opct.py", "opct", "--batch", "0"), ("data.py", "--tests", "0"), ("opct.py", "opct", "--lr", "x"),
+                                  ("eval.py", "compare", "a", "--world", "w", "--out", "o", "--attempts", "0")])
+def test_flags_that_make_no_sense(args):
+    done = run(*args)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "error: argument --" in done.stderr
 
 
 def test_the_flags_of_a_command_are_few_and_explained():
