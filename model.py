@@ -10,6 +10,7 @@ value projections, Qwen3 a norm to each query and key head. No dropout: the teac
 
 B batch, T tokens, S keys, V vocabulary, C hidden size, H query heads, K key/value heads, D head size.
 """
+import copy
 import json
 import os
 from dataclasses import asdict, dataclass, fields
@@ -22,6 +23,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+
+
+PREFILL_ROWS = 64           # prompts that are prefilled at a time: enough for the matrices, few enough for the processor's cache
 
 
 class CannotRun(Exception):
@@ -72,8 +76,14 @@ class KVCache:
         self.v[layer, :, :, self.length:end] = v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
+    def part(self, rows, column):
+        """An empty cache that is a window on these rows (a slice) of this one, from a column on."""
+        window = copy.copy(self)
+        window.k, window.v, window.length = self.k[:, rows, :, column:], self.v[:, rows, :, column:], 0
+        return window
+
     def keep(self, rows):
-        """Drops all but these rows of the batch."""
+        """Drops all but these rows (indices) of the batch."""
         self.k, self.v = self.k[:, rows], self.v[:, rows]
 
 
@@ -231,8 +241,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None, no
     """Samples one response to each prompt, all at once.
 
     Prompts of different lengths are padded on the left, so that all rows write the same cache column; positions count
-    from each prompt's first token and the mask hides the padding, so no row can tell what it was batched with. Rows that
-    have ended leave the batch.
+    from each prompt's first token and the mask hides the padding, so no row can tell what it was batched with. Inside, the
+    rows are in the order of their prompts' lengths, and those that have ended leave.
 
     Args:
         prompts: a list of B lists of token ids.
@@ -250,21 +260,29 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None, no
     if P + max_new_tokens > config.max_position_embeddings:
         raise ValueError(f"a prompt of {P} tokens and {max_new_tokens} new ones do not fit into the context of "
                          f"{config.max_position_embeddings}: shorten the prompt, or ask for fewer new tokens")
-    idx = torch.tensor([[config.pad_token_id] * (P - len(p)) + p for p in prompts], device=device)
-    padding = torch.tensor([P - len(p) for p in prompts], device=device)
+    order = sorted(range(B), key=lambda i: len(prompts[i]))
+    idx = torch.tensor([[config.pad_token_id] * (P - len(prompts[i])) + prompts[i] for i in order], device=device)
+    padding = torch.tensor([P - len(prompts[i]) for i in order], device=device)
     noise = (torch.rand(B, max_new_tokens, generator=generator) if noise is None else noise).to(device)
     response = torch.full((B, max_new_tokens), config.pad_token_id, device=device)
     mask = torch.zeros(B, max_new_tokens, dtype=torch.bool, device=device)
     cache = KVCache(config, B, P + max_new_tokens, like=model.lm_head.weight)
 
-    # Prefill: all prompts in one pass. Padding sees only itself, which keeps its softmax finite; nobody looks at it.
+    # Prefill, some rows at a time, so that short prompts are not padded to the longest of all.
     columns = torch.arange(P + max_new_tokens, device=device)
     visible = columns >= padding[:, None]                                               # (B, S): not padding
-    look = visible[:, None, :P] & (columns[:P, None] >= columns[:P]) | torch.eye(P, dtype=torch.bool, device=device)
-    positions = (columns[:P] - padding[:, None]).clamp(min=0)
-    logits = model.lm_head(model.model(idx, positions, look[:, None], cache)[:, -1])    # (B, V)
+    positions = (columns[:P] - padding[:, None]).clamp(min=0)                           # (B, P)
+    look = columns[:P, None] >= columns[:P]                                             # (P, P): causal
+    own = torch.eye(P, dtype=torch.bool, device=device)     # padding sees itself, or its softmax would be over nothing
+    logits = []
+    for row in range(0, B, PREFILL_ROWS):
+        some, left = slice(row, row + PREFILL_ROWS), P - max(len(prompts[i]) for i in order[row:row + PREFILL_ROWS])
+        sees = visible[some, None, left:P] & look[left:, left:] | own[left:, left:]     # (b, p, p)
+        hidden = model.model(idx[some, left:], positions[some, left:], sees[:, None], cache.part(some, left))
+        logits.append(model.lm_head(hidden[:, -1]))
+    logits, cache.length = torch.cat(logits), P                                         # (B, V)
 
-    rows = torch.arange(B, device=device)                   # the rows still in the batch; all tensors below hold just these
+    rows = torch.tensor(order, device=device)               # the rows still in the batch; all tensors below hold just these
     ended = torch.zeros(B, dtype=torch.bool, device=device)
     for t in range(max_new_tokens):
         token = sample(logits, temperature, noise[rows, t])
