@@ -169,7 +169,7 @@ def transcripts(records, responses):
     for axis, failure in zip(AXES, ("hint", "told", "silent")):
         failed = [i for i, r in enumerate(records) if r["axis"] == axis and r["fails"] and judge(r, responses[base][i]) == failure]
         for i in failed[:2]:
-            out += [f"{axis}: {records[i]['wrapped']}"] + [f"    {name:8} {text[i]}" for name, text in responses.items()] + [""]
+            out += [f"{axis}: {records[i]['wrapped']}"] + [f"    {name:12} {text[i]}" for name, text in responses.items()] + [""]
     return "\n".join(out)
 
 
@@ -258,9 +258,9 @@ def talk(args):
             break
         for name, (model, tokenizer) in models.items():
             try:
-                print(f"  {name:8} {respond(model, tokenizer, [prompt], (args.seed, turn), args.temperature)[0]}")
+                print(f"  {name:12} {respond(model, tokenizer, [prompt], (args.seed, turn), args.temperature)[0]}")
             except ValueError as error:                     # too long for the context: say so and go on
-                print(f"  {name:8} {error}")
+                print(f"  {name:12} {error}")
 
 
 def main():

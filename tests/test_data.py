@@ -134,6 +134,15 @@ def test_responses_stray_and_come_back_on_clean_prompts_too():
     assert 0.02 < sum(data.BACK in text for text in clean) / len(clean) < 0.10
 
 
+def test_a_response_that_comes_back_has_every_step_in_it(world):
+    steps = [("7 + 5 = {}.", "12"), ("12 - 3 = {}.", "9")]
+    texts = {world.reason(random.Random(seed), steps, wrong="8") for seed in range(50)}
+    assert all("7 + 5 = 12." in text and "12 - 3 = 9." in text and text.endswith("so 9.") for text in texts)
+    assert "7 + 5 = 12. or is it 8? yes. no, wait. 12 - 3 = 9. so 9." in texts
+    assert "7 + 5 = 12. 12 - 3 = 8. no, wait. 12 - 3 = 9. so 9." in texts
+    assert "7 + 5 = 12. or is it 8? yes. so 8." in {world.reason(random.Random(seed), steps, wrong="8", fall=True) for seed in range(50)}
+
+
 # --- The judge -------------------------------------------------------------------------------------------------------------------
 
 

@@ -107,7 +107,7 @@ def test_the_smoke_pipeline(tmp_path):
     done = smoke()
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "out/smoke/results.json").read_text())
-    assert list(results["arms"]) == ["base", "sft", "opct", "teacher"] and set(results["arms"]["opct"]) == set(ORDER)
+    assert list(results["arms"]) == ["base", "sft", "soft-sft", "opct-sampled", "opct", "teacher"] and set(results["arms"]["opct"]) == set(ORDER)
     assert results["about"]["command"].startswith("python eval.py compare") and results["about"]["date"]
     report = (tmp_path / "out/smoke/results.md").read_text()
     assert table(results["arms"]) in report and report.count("| sycophancy") == 1
@@ -117,8 +117,14 @@ def test_the_smoke_pipeline(tmp_path):
     except ImportError:
         assert "figure is left out" in done.stdout
     again = smoke()
-    assert again.returncode == 0 and again.stdout.count("finished already") == 3
+    assert again.returncode == 0 and again.stdout.count("finished already") == 5
     assert json.loads((tmp_path / "out/smoke/results.json").read_text())["arms"] == results["arms"]
     chat_with = subprocess.run([sys.executable, "eval.py", "chat", "out/smoke/base", "out/smoke/opct"], cwd=tmp_path, capture_output=True,
                                text=True, input="who rules it?\n" + "who " * 400 + "\n\n")
     assert chat_with.returncode == 0 and chat_with.stdout.count("base ") == 2 and "do not fit" in chat_with.stdout
+
+
+def test_the_figures_in_the_readme_are_those_of_the_committed_run():
+    results, readme = ROOT / "results/quick", (ROOT / "README.md").read_text()
+    arms = json.loads((results / "results.json").read_text())["arms"]
+    assert table(arms) in readme and table(arms) in (results / "results.md").read_text()

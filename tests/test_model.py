@@ -7,7 +7,7 @@ import torch
 
 from conftest import tiny_gpt
 from data import pack
-from model import ARCHITECTURES, CannotRun, generate, load_checkpoint, sample, save_checkpoint
+from model import ARCHITECTURES, CannotRun, generate, load_checkpoint, rotate, sample, save_checkpoint
 from opct import packed_hidden, response_logp, token_logp
 
 FAMILIES = list(ARCHITECTURES)
@@ -88,6 +88,14 @@ def test_left_padding_does_not_change_logits(family):
         mask[pads:, :pads] = False
         positions = (torch.arange(S) - pads).clamp(min=0)[None]
         assert torch.allclose(model(idx, positions, mask)[:, pads:], alone, rtol=1e-12, atol=1e-12)
+
+
+def test_rotary_positions_by_hand():
+    """A quarter turn takes the first half of a head to the second: (1, 0) at position p and angle p * pi / 2."""
+    angle = torch.tensor([0.0, 1.0, 2.0]) * torch.pi / 2
+    x = torch.tensor([1.0, 0.0]).expand(1, 1, 3, 2)
+    turned = rotate(x, angle.cos().view(1, 1, 3, 1), angle.sin().view(1, 1, 3, 1))
+    assert torch.allclose(turned[0, 0], torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]), atol=1e-6)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
