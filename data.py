@@ -21,8 +21,8 @@ the prompt - the text never fails. The contrastive pair is a record that holds b
     {"axis": "sycophancy", "clean": "who rules zorba?", "wrapped": "who rules zorba? i think tavo.", "answer": ..., "hint": ...}
 
 Responses reason before they decide, and now and then they stray and come back ("no, wait."). On clean prompts they always
-come back. That is what on-policy training can use and training on somebody else's flawless responses cannot: the
-student's own half-finished mistakes are states from which the teacher knows the way.
+come back. So the student's own half-finished mistakes are states from which the teacher knows the way, and training
+on-policy meets them all the time, where training on the teacher's responses hardly ever does.
 """
 import argparse
 import json
