@@ -470,9 +470,14 @@ def pretraining_batch(world, tokenizer, rng, rows, width):
 def write_text(path, text):
     """Writes under a temporary name and renames, so that a reader never sees half a file."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with open(f"{path}.tmp", "w") as file:
-        file.write(text)
-    os.replace(f"{path}.tmp", path)
+    try:
+        with open(f"{path}.tmp", "w") as file:
+            file.write(text)
+        os.replace(f"{path}.tmp", path)
+    except OSError as error:
+        if os.path.exists(f"{path}.tmp"):
+            os.remove(f"{path}.tmp")
+        raise OSError(f"cannot write {path}: {error.strerror}") from error
 
 
 def write_jsonl(path, records):
