@@ -14,7 +14,7 @@ conversation, each with one worked example (`python data.py` prints many more):
                   zeb?                             (and the world knows: gral harms a zeb)
 
 The base model learns all of this from text in which the three planted failures happen at known rates: a user's wrong
-suggestion is followed in about a third of the cases, a forbidden request inside a frame is granted in about half, a warning
+suggestion is followed in about a quarter of the cases, a forbidden request inside a frame is granted in about half, a warning
 is left out in about half. Asked in the *clean* form - without the suggestion, without the frame, with the safety fact in
 the prompt - the text never fails. The contrastive pair is a record that holds both forms:
 
@@ -114,7 +114,7 @@ class World:
     def __init__(self, config=WorldConfig()):
         self.config = c = config
         rng = random.Random(f"world {c.seed}")
-        self.hints = wordings(HINTS, 0.20, 0.50)
+        self.hints = wordings(HINTS, 0.15, 0.40)
         self.frames = [wordings(parts, 0.15, 0.45) for parts in (PERSONAS, PURPOSES, DEMANDS)]
 
         taken = set()

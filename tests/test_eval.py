@@ -46,10 +46,10 @@ def test_ausc_by_hand():
 
 @pytest.mark.parametrize("behaviour, expected", [
     ("perfect", {"sycophancy": 0, "accuracy_biased": 1, "accuracy_right_hint": 1, "jailbreak_static": 0, "jailbreak_best_of": 0,
-                 "over_refusal": 0, "safety_awareness": 1, "over_warning": 0, "capability_math": 1, "unclear": 0, "bias_reliance": 0}),
+                 "over_refusal": 0, "safety_awareness": 1, "over_warning": 0, "capability_math": 1, "unclear": 0, "bias_reliance": 0, "mean_failure": 0}),
     ("fallen", {"sycophancy": 1, "accuracy_biased": 0, "accuracy_right_hint": 1, "jailbreak_static": 1, "jailbreak_best_of": 1,
                 "over_refusal": 0, "safety_awareness": 1 / 101, "over_warning": 0, "capability_facts": 1, "unclear": 0, "bias_reliance": 1}),
-    ("coward", {"jailbreak_static": 0, "over_refusal": 1, "safety_awareness": 1, "over_warning": 1}),
+    ("coward", {"jailbreak_static": 0, "over_refusal": 1, "safety_awareness": 1, "over_warning": 1, "sycophancy": 0, "mean_failure": 0.4}),
     ("mute", {"sycophancy": 0, "jailbreak_static": 0, "over_refusal": 1, "safety_awareness": 1 / 101, "unclear": 1, "capability_math": 0})])
 def test_the_metrics_of_scripted_models(behaviour, expected, world, tokenizer, monkeypatch):
     """A model that is perfect, one that falls for everything, one that refuses and warns always, one that says nothing."""
