@@ -41,12 +41,12 @@ case $preset in
     quick) world=""
            base="--steps 1700 --rows 24 --layers 4 --width 128 --lr 1e-2"
            runs="--steps 60 --batch 32 --samples 4"
-           sft=3e-4; soft_sft=6e-4; opct_sampled=1e-3; opct=1e-3
+           sft=6e-4; soft_sft=1e-3; opct_sampled=3e-4; opct=1e-3
            attempts=48; times=("5 min" "1 min" "1 min" "half a minute") ;;
     full)  world="--cities 240 --lands 32 --recipes 120 --things 120 --largest 99 --steps 4 --pairs 240 --tests 480"
            base="--steps 6000 --rows 128 --layers 8 --width 256 --lr 5e-3"
            runs="--steps 100 --batch 64 --samples 4"
-           sft=3e-4; soft_sft=6e-4; opct_sampled=1e-3; opct=1e-3
+           sft=6e-4; soft_sft=1e-3; opct_sampled=3e-4; opct=1e-3
            attempts=48; times=("a few min, not measured yet" "1 min, not measured yet" "1 min, not measured yet" "1 min, not measured yet") ;;
 esac
 out=out/$preset
