@@ -194,7 +194,7 @@ def figure(arms, logs, path):
               "what must not break (higher is better)": {
                   "math": ("capability_math", 0), "facts": ("capability_facts", 0), "instruc-\ntions": ("capability_instructions", 0),
                   "right\nhints": ("accuracy_right_hint", 0), "harmless\nrequests": ("over_refusal", 1), "no needless\nwarning": ("over_warning", 1)}}
-    fig, axes = plt.subplots(1, 3, figsize=(15, 4.2), width_ratios=(4, 6, 3), layout="constrained")
+    fig, axes = plt.subplots(1, 3, figsize=(15, 4.6), width_ratios=(4, 6, 3), layout="constrained")
     for ax, (title, bars) in zip(axes, panels.items()):
         for k, (arm, cells) in enumerate(arms.items()):
             x = np.arange(len(bars)) + (k - (len(arms) - 1) / 2) * 0.8 / len(arms)
@@ -205,12 +205,10 @@ def figure(arms, logs, path):
         ax.set_xticks(np.arange(len(bars)), bars)
         ax.set(title=title, ylim=(0, 1.02))
     axes[0].set_ylabel("share, with 95 % interval")
-    axes[0].legend()
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(arms), frameon=False)
     for arm, log in logs.items():
-        axes[2].plot([line["step"] + 1 for line in log], [line["kl_exact"] for line in log], color=colours[arm], label=arm)
+        axes[2].plot([line["step"] + 1 for line in log], [line["kl_exact"] for line in log], color=colours[arm])
     axes[2].set(title="KL(student || teacher) in training", xlabel="update", ylabel="nats per token of the responses trained on", yscale="log")
-    if logs:
-        axes[2].legend()
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
     fig.savefig(path, dpi=110)

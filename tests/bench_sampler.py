@@ -12,9 +12,11 @@ once they are done.
 import argparse
 import random
 import resource
+import shlex
 import sys
 import tempfile
 import time
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -92,9 +94,9 @@ def main():
             save_checkpoint(model, folder)
             theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
     rates = machine_rates(device)
-    print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if device.type == 'cuda' else f'{torch.get_num_threads()} CPU threads'}: "
+    print(f"`python {shlex.join(sys.argv)}`, {date.today()}, torch {torch.__version__}, {torch.cuda.get_device_name() if device.type == 'cuda' else f'{torch.get_num_threads()} CPU threads'}: "
           f"{rates[0] / 1e9:,.0f} GFLOP/s float32, {rates[1] / 1e9:,.1f} GB/s; {args.new} new tokens, prompts of 8 to 40\n")
-    print("| batch | ours, tokens/s | naive, tokens/s | transformers, tokens/s | ours / naive | ours / transformers | floor / ours | peak MB |")
+    print("| batch | ours, tokens/s | naive, tokens/s | transformers, tokens/s | ours / naive | ours / transformers | floor / ours | peak MB of the process |")
     print("|---|---|---|---|---|---|---|---|")
     for batch in args.batches:
         prompts = [[rng.randrange(1, 850) for _ in range(rng.randint(8, 40))] for _ in range(batch)]

@@ -9,7 +9,9 @@ that knows nothing writes 24 tokens each.
 """
 import argparse
 import random
+import shlex
 import sys
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -72,7 +74,7 @@ def main():
         student, limit = GPT(GPTConfig(vocab_size=tokenizer.n_vocab, eos_token_id=-1, pad_token_id=0)).to(device), 24
     teacher = load_checkpoint(args.base, device) if args.base else student
     rates = machine_rates(device)
-    print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if device.type == 'cuda' else f'{torch.get_num_threads()} CPU threads'}: "
+    print(f"`python {shlex.join(sys.argv)}`, {date.today()}, torch {torch.__version__}, {torch.cuda.get_device_name() if device.type == 'cuda' else f'{torch.get_num_threads()} CPU threads'}: "
           f"{rates[0] / 1e9:,.0f} GFLOP/s float32\n")
 
     records = world.records("train")
