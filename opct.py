@@ -198,6 +198,8 @@ class ConsistencyConfig:
     objective: str = field(default="exact", metadata={"help": "sampled: the sampled token; exact: the whole distribution",
                                                       "choices": ["sampled", "exact"]})
     gamma: float = field(default=0.0, metadata={"help": "opct --objective sampled: discount of later tokens' KL"})
+    control: str = field(default="none", metadata={"help": "clean: the student sees the clean prompts, too; shuffled: the teacher sees "
+                                                           "those of other pairs", "choices": ["none", "clean", "shuffled"]})
     steps: int = field(default=60, metadata={"help": "updates"})
     batch: int = field(default=32, metadata={"help": "pairs in an update"})
     samples: int = field(default=4, metadata={"help": "responses to a pair in an update"})
@@ -284,7 +286,8 @@ def train(model, loss_of, config, optimizers):
                 continue
             log.write(json.dumps(line) + "\n")
             left = (time.time() - began) / (step + 1 - start) * (config.steps - step - 1)
-            progress(step + 1, config.steps, left, f"loss {loss:.4f}  {tokens / line['seconds']:,.0f} tokens/s")
+            shown = "  ".join(f"{name} {line[name]:.4f}" for name in ("loss", "kl_exact", "success") if name in line)
+            progress(step + 1, config.steps, left, f"{shown}  {tokens / line['seconds']:,.0f} tokens/s")
             if (step + 1) % config.save_every == 0 and step + 1 < config.steps:
                 save_state(out, model, optimizers, step + 1)
     model.eval()
@@ -419,6 +422,11 @@ def consistency(config, stage):
     teacher_hash = weights_hash(teacher)
     if not open_run(config, tokenizer, stage=stage, teacher=teacher_hash, pairs_hash=hashlib.sha256(repr(records).encode()).hexdigest()[:16]):
         return
+    if config.control == "clean":                           # nothing to learn: what changes now, training itself changes
+        records = [{**r, "wrapped": r["clean"]} for r in records]
+    elif config.control == "shuffled":                      # nothing to be consistent with: what mends now, any training mends
+        others = seeded(config.seed, "shuffled")[0].sample(records, len(records))
+        records = [{**r, "clean": other["clean"]} for r, other in zip(records, others)]
     clean = [chat(tokenizer, r["clean"]) for r in records for _ in range(config.samples)]
     wrapped = [chat(tokenizer, r["wrapped"]) for r in records for _ in range(config.samples)]
     room = student.config.max_position_embeddings - config.max_new_tokens

@@ -1,18 +1,28 @@
 #!/usr/bin/env bash
 # Everything in order. From an empty machine to the table:
 #
-#   bash train.sh            the main job: preset `full` where there is a GPU, `quick` where there is none
-#   bash train.sh PRESET     smoke: every stage once, models that know nothing (a minute on 2 CPU cores)
-#                            quick: the whole comparison on a laptop's CPU   full: larger world and model, for one GPU
-#   bash train.sh test       the tests
+#   bash train.sh                  the main job: preset `full` where there is a GPU, `quick` where there is none
+#   bash train.sh PRESET           smoke: every stage once, models that know nothing (a minute on 2 CPU cores)
+#                                  quick: the whole comparison on a laptop's CPU   full: larger world and model, for one GPU
+#   bash train.sh study [PRESET]   the experiment: learning rates, seeds, families, controls, a trained attacker for each model
+#   bash train.sh cell FAMILY SEED [PRESET]   one cell of it, such as llama 0, with the learning rates that stand below
+#   bash train.sh test             the tests
 #
-# Given again, it goes on where it was stopped and skips what is done. Results go to out/PRESET/.
+# Given again, it goes on where it was stopped and skips what is done. Results go to out/PRESET/ and out/study-PRESET/.
 set -euo pipefail
 cd "$(dirname "$0")"
 die() { echo "error: $1" >&2; exit 2; }
-preset=${1:-auto}
-case $preset in auto|smoke|quick|full|test) ;; *) die "unknown preset '$preset': choose smoke, quick, full or test" ;; esac
-[ $# -le 1 ] || die "one argument at most: smoke, quick, full or test"
+usage="smoke, quick, full, study [PRESET], cell FAMILY SEED [PRESET] or test"
+job=main; preset=auto
+case ${1:-auto} in
+    test) job=test ;;
+    study) job=study; preset=${2:-auto}; [ $# -le 2 ] || die "too many arguments: $usage" ;;
+    cell) job=cell; [ $# -ge 3 ] && [ $# -le 4 ] || die "a cell is bash train.sh cell FAMILY SEED [PRESET]"; preset=${4:-auto}
+          case $2 in llama|qwen2|qwen3) ;; *) die "unknown family '$2': choose llama, qwen2 or qwen3" ;; esac
+          case $3 in ''|*[!0-9]*) die "a seed is a whole number, not '$3'" ;; esac ;;
+    *) preset=${1:-auto}; [ $# -le 1 ] || die "too many arguments: $usage" ;;
+esac
+case $preset in auto|smoke|quick|full) ;; *) die "unknown preset '$preset': choose $usage" ;; esac
 
 # The current Python if it has the packages, else a virtual environment of our own.
 packages="import torch, tiktoken, numpy, safetensors, pytest"
@@ -26,44 +36,97 @@ if ! python3 -c "$packages" 2>/dev/null; then
     fi
 fi
 
-[ "$preset" = test ] && exec $python -m pytest -q tests
-[ "$preset" = auto ] && preset=$($python -c "import torch; print('full' if torch.cuda.is_available() else 'quick')")
+[ $job = test ] && exec $python -m pytest -q tests
+device=$($python -c "import torch; print('gpu' if torch.cuda.is_available() else 'cpu')")
+[ $preset = auto ] && { [ $device = gpu ] && preset=full || preset=quick; }
 
-# What a preset is made of. The four consistency runs share pairs, updates and responses; they differ in whose response
-# (offline: the teacher's, on-policy: the student's), in the loss (the sampled token, or the whole distribution), and in the
-# learning rate, which is chosen for each from one grid on the validation split (README, "Fairness").
+# What a preset is made of. The consistency runs share pairs, updates and responses; they differ in whose response (offline:
+# the teacher's, on-policy: the student's), in the loss (the sampled token, or the whole distribution), and in the learning
+# rate, which the study chooses for each from one grid on the validation split (README, "Fairness").
 case $preset in
     smoke) world="--cities 12 --lands 4 --recipes 6 --things 12 --pairs 8 --tests 12"
            base="--steps 20 --rows 8 --layers 2 --width 64"
            runs="--steps 4 --batch 8 --samples 2"
            sft=3e-4; soft_sft=3e-4; opct_sampled=3e-4; opct=3e-4
-           attempts=4; times=("10 s" "10 s" "10 s" "10 s") ;;
+           attempts=4; attacker="--steps 2 --group 4 --attempts 4"
+           seeds="0 1"; more_seeds="0"; grid_seeds="0"; rates="3e-4 1e-3" ;;
     quick) world=""
            base="--steps 1700 --rows 24 --layers 4 --width 128 --lr 1e-2"
            runs="--steps 60 --batch 32 --samples 4"
            sft=6e-4; soft_sft=1e-3; opct_sampled=3e-4; opct=1e-3
-           attempts=48; times=("5 min" "1 min" "1 min" "half a minute") ;;
+           attempts=64; attacker="--steps 40 --group 16 --attempts 64"
+           seeds="0 1 2 3 4"; more_seeds="0 1 2"; grid_seeds="0 1"; rates="3e-4 6e-4 1e-3 2e-3 4e-3" ;;
     full)  world="--cities 240 --lands 32 --recipes 120 --things 120 --largest 99 --steps 4 --pairs 240 --tests 480"
            base="--steps 6000 --rows 128 --layers 8 --width 256 --lr 5e-3"
            runs="--steps 100 --batch 64 --samples 4"
            sft=6e-4; soft_sft=1e-3; opct_sampled=3e-4; opct=1e-3
-           attempts=48; times=("a few min, not measured yet" "1 min, not measured yet" "1 min, not measured yet" "1 min, not measured yet") ;;
+           attempts=64; attacker="--steps 40 --group 16 --attempts 64"
+           seeds="0 1 2 3 4"; more_seeds="0 1 2"; grid_seeds="0 1"; rates="3e-4 6e-4 1e-3 2e-3 4e-3" ;;
 esac
-out=out/$preset
-say() { echo; echo "== $1"; }
-consistency() { # name, method, loss, learning rate
-    $python opct.py $2 --base $out/base --pairs $out/world/train.jsonl --out $out/$1 --objective $3 --lr $4 $runs
-}
 
-say "1/5 the world: facts, text, contrastive pairs (seconds)"
-$python data.py --out $out/world $world
-say "2/5 the base model, planted failures included (about ${times[0]})"
-$python opct.py pretrain --world $out/world --out $out/base $base
-say "3/5 offline consistency training: the teacher's responses (about ${times[1]})"
-consistency sft sft sampled $sft
-consistency soft-sft sft exact $soft_sft
-say "4/5 on-policy consistency training: the student's own responses (about ${times[2]})"
-consistency opct-sampled opct sampled $opct_sampled
-consistency opct opct exact $opct
-say "5/5 what was mended and what was broken, on held-out prompts (about ${times[3]})"
-$python eval.py compare $out/{base,sft,soft-sft,opct-sampled,opct} --world $out/world --out $out --attempts $attempts
+# --- The stages, each a command that can be typed as well ---------------------------------------------------------------------
+
+run() { # seconds that it takes about, what it is, the command
+    local seconds=$1 what=$2; shift 2
+    case $job in
+        main|cell) echo; echo "== $what"; "$@" ;;
+        count) echo "$seconds" ;;
+        study) grep -qxF "$seconds $*" $study/done && return
+               mkdir -p $out
+               "$@" >> $out/log.txt 2>&1 || die "$what: $(tail -n 1 $out/log.txt) (all of it: $out/log.txt)"
+               echo "$seconds $*" >> $study/done
+               awk -v past=$(($(date +%s) - began)) -v before=$before -v total=$total -v what="${out##*/} $what" '{ sum += $1 }
+                   END { printf "%3d %%  %-60s about %d min left\n", 100 * sum / total, what, past * (total - sum) / (sum - before) / 60 + 1 }' $study/done ;;
+    esac
+}
+start() { # the world and the base model, planted failures included
+    run 3 "the world: facts, text, contrastive pairs" $python data.py --out $out/world --seed $seed $world
+    run 240 "the base model, planted failures included (quick: 4 min)" \
+        $python opct.py pretrain --world $out/world --out $out/base --family $family --seed $seed $base
+}
+consistency() { # folder, method, loss, learning rate, more flags
+    run 30 "consistency training: $1 (quick: half a minute)" $python opct.py $2 --base $out/base --pairs $out/world/train.jsonl \
+        --out $out/$1 --objective $3 --lr $4 --seed $seed $runs "${@:5}"
+}
+arms() { # the four corners of {the teacher's, the student's responses} x {the sampled token, the whole distribution}
+    consistency sft sft sampled $sft
+    consistency soft-sft sft exact $soft_sft
+    consistency opct-sampled opct sampled $opct_sampled
+    consistency opct opct exact $opct
+}
+compare() { # folder of the results, split, attempts, checkpoints
+    run $((6 * ($# - 3))) "what was mended and what was broken, ${2} split (quick: half a minute)" $python eval.py compare "${@:4}" --world $out/world \
+        --out $1 --split $2 --attempts $3 --seed $seed
+}
+cell() { # family, seed: everything that the study measures on one base model
+    family=$1; seed=$2; out=$study/$family-$seed
+    # shellcheck source=/dev/null
+    [ ! -f $study/rates.sh ] || . $study/rates.sh
+    local names="sft soft-sft opct-sampled opct"
+    start; arms
+    if [ $family = llama ]; then                            # the controls
+        consistency sft-clean sft sampled $sft --control clean
+        consistency opct-clean opct exact $opct --control clean
+        consistency opct-shuffled opct exact $opct --control shuffled
+    fi
+    for name in base $names; do
+        run 30 "the attacker of $name" $python eval.py attack --target $out/$name --base $out/base --world $out/world --seed $seed $attacker
+    done
+    [ $family = llama ] && names="$names sft-clean opct-clean opct-shuffled"
+    compare $out test $attempts $out/base $(printf "$out/%s " $names)
+}
+grid() { # seed: every arm at every learning rate, to choose from on the validation split; on the test split the trade-off
+    family=llama; seed=$1; out=$study/llama-$seed
+    local names=""
+    start
+    for rate in $rates; do
+        sft=$rate soft_sft=$rate opct_sampled=$rate opct=$rate
+        consistency grid/sft@$rate sft sampled $rate
+        consistency grid/soft-sft@$rate sft exact $rate
+        consistency grid/opct-sampled@$rate opct sampled $rate
+        consistency grid/opct@$rate opct exact $rate
+        names="$names sft@$rate soft-sft@$rate opct-sampled@$rate opct@$rate"
+    done
+    compare $out/grid/val val 1 $out/base $(printf "$out/grid/%s " $names)
+    compare $out/grid/test test 1 $out/base $(printf "$out/grid/%s " $names)
+}
