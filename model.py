@@ -61,36 +61,41 @@ class GPTConfig:
 
 
 class KVCache:
-    """Keys and values of all layers, preallocated: two tensors (layers, B, K, S, D), of which `length` columns are filled."""
+    """Keys and values, preallocated: a tensor (2, B, K, S, D) a layer, of whose S columns `length` are filled."""
 
     def __init__(self, config, batch, size, like):
         c = config
-        shape = (c.num_hidden_layers, batch, c.num_key_value_heads, size, c.head_dim)
-        self.k, self.v = torch.zeros(2, *shape, dtype=like.dtype, device=like.device)
+        shape = (2, batch, c.num_key_value_heads, size, c.head_dim)
+        self.layers = [torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(c.num_hidden_layers)]
         self.length = 0
 
     def update(self, layer, k, v):
         """Writes k, v (B, K, T, D) behind what is there and returns all that is filled: (B, K, length + T, D)."""
+        keys, values = self.layers[layer]
         end = self.length + k.shape[2]
-        self.k[layer, :, :, self.length:end] = k
-        self.v[layer, :, :, self.length:end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+        keys[:, :, self.length:end] = k
+        values[:, :, self.length:end] = v
+        return keys[:, :, :end], values[:, :, :end]
 
     def part(self, rows, column):
         """An empty cache that is a window on these rows (a slice) of this one, from a column on."""
         window = copy.copy(self)
-        window.k, window.v, window.length = self.k[:, rows, :, column:], self.v[:, rows, :, column:], 0
+        window.layers, window.length = [kv[:, rows, :, column:] for kv in self.layers], 0
         return window
 
-    def keep(self, rows):
-        """Drops all but these rows (indices) of the batch."""
-        self.k, self.v = self.k[:, rows], self.v[:, rows]
+    def keep(self, rows, size):
+        """Replaces the batch by these rows of it (indices, which may repeat), with room for `size` tokens each."""
+        for i, kv in enumerate(self.layers):                # a layer at a time, so that two whole caches never stand side by side
+            self.layers[i] = kv.new_empty(2, len(rows), kv.shape[2], size, kv.shape[4])
+            self.layers[i][:, :, :, :self.length] = kv[:, :, :, :self.length].index_select(1, rows)
 
 
 def rotate(x, cos, sin):
-    """Rotary positions: x (B, heads, T, D), cos and sin (B, 1, T, D/2). Pairs i with i + D/2, as Hugging Face does."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    """Rotary positions: x (B, T, heads, D), cos and sin (B, T, 1, D). Pairs i with i + D/2, as Hugging Face does.
+
+    The first half of `sin` is negative: (a, b) turns into (a cos - b sin, b cos + a sin).
+    """
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
 class Attention(nn.Module):
@@ -102,6 +107,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(c.hidden_size, self.kv_heads * self.head_dim, bias=c.qkv_bias)
         self.v_proj = nn.Linear(c.hidden_size, self.kv_heads * self.head_dim, bias=c.qkv_bias)
         self.o_proj = nn.Linear(self.heads * self.head_dim, c.hidden_size, bias=False)
+        self.qk_norm = c.qk_norm
         if c.qk_norm:
             self.q_norm = nn.RMSNorm(self.head_dim, eps=c.rms_norm_eps)
             self.k_norm = nn.RMSNorm(self.head_dim, eps=c.rms_norm_eps)
@@ -111,13 +117,17 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(B, T, self.heads, self.head_dim)        # (B, T, H, D)
         k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim)     # (B, T, K, D)
         v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim)
-        if hasattr(self, "q_norm"):
+        if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))                # (B, heads, T, D)
-        q, k = rotate(q, *rope), rotate(k, *rope)
-        if cache is not None:
-            k, v = cache.update(self.layer, k, v)                       # (B, K, S, D), S = all tokens so far
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        q, k = rotate(torch.cat((q, k), 2), *rope).split((self.heads, self.kv_heads), 2)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)                       # (B, heads, T, D)
+        if cache is None:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        else:       # few queries: written out, the heads that share keys as one matrix, this takes two thirds of the time
+            k, v = cache.update(self.layer, k, v)                                               # (B, K, S, D), all so far
+            score = q.reshape(B, self.kv_heads, -1, self.head_dim) @ k.mT                       # (B, K, H/K * T, S)
+            score = score.view(B, self.heads, T, -1).mul_(self.head_dim ** -0.5).add_(mask)
+            y = (score.softmax(-1).view(B, self.kv_heads, -1, k.shape[2]) @ v).view(B, self.heads, T, self.head_dim)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))         # (B, T, C)
 
 
@@ -156,8 +166,8 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
         frequency = c.rope_theta ** (-torch.arange(0, c.head_dim, 2) / c.head_dim)
         angle = torch.arange(c.max_position_embeddings)[:, None] * frequency            # (context, D/2)
-        self.register_buffer("cos", angle.cos(), persistent=False)
-        self.register_buffer("sin", angle.sin(), persistent=False)
+        self.register_buffer("cos", torch.cat((angle.cos(), angle.cos()), 1), persistent=False)     # (context, D)
+        self.register_buffer("sin", torch.cat((-angle.sin(), angle.sin()), 1), persistent=False)
 
     def forward(self, idx, positions=None, mask=None, cache=None):
         B, T = idx.shape
@@ -166,11 +176,13 @@ class Decoder(nn.Module):
             if start + T > self.config.max_position_embeddings:
                 raise ValueError(f"{start + T} tokens do not fit into the context of {self.config.max_position_embeddings}")
             positions = torch.arange(start, start + T, device=idx.device).expand(B, T)
-        # Causal by default; over a cache the T new tokens see all that is filled and, among themselves, what is before them.
-        if mask is None and start > 0:
-            mask = torch.ones(T, start + T, dtype=torch.bool, device=idx.device).tril(start)
-        rope = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)       # (B, 1, T, D/2)
         x = self.embed_tokens(idx)                                                      # (B, T, C)
+        rope = self.cos[positions].unsqueeze(2), self.sin[positions].unsqueeze(2)       # (B, T, 1, D)
+        # Causal by default; over a cache the T new tokens see all that is filled and, among themselves, what is before them.
+        if mask is None and cache is not None:
+            mask = torch.ones(T, start + T, dtype=torch.bool, device=idx.device).tril(start)
+        if mask is not None:                                # what is added to the scores, once for all layers
+            mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill_(~mask, -torch.inf)
         for layer in self.layers:
             x = layer(x, rope, mask, cache)
         if cache is not None:
@@ -231,8 +243,8 @@ def sample(logits, temperature, noise):
     """
     if temperature == 0:
         return logits.argmax(-1)
-    cdf = (logits / temperature).softmax(-1).cumsum(-1)
-    # Where rounding leaves the last value under 1, noise above it must not fall off the end: scale it to what is there.
+    # Not normalised, since the noise is scaled to the last value instead, from which it then cannot fall off by rounding.
+    cdf = (logits - logits.amax(-1, keepdim=True)).div_(temperature).exp_().cumsum_(-1)
     return torch.searchsorted(cdf, noise[:, None] * cdf[:, -1:], right=True).squeeze(1).clamp_(max=logits.shape[-1] - 1)
 
 
@@ -260,29 +272,34 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None, no
     if P + max_new_tokens > config.max_position_embeddings:
         raise ValueError(f"a prompt of {P} tokens and {max_new_tokens} new ones do not fit into the context of "
                          f"{config.max_position_embeddings}: shorten the prompt, or ask for fewer new tokens")
-    order = sorted(range(B), key=lambda i: len(prompts[i]))
-    idx = torch.tensor([[config.pad_token_id] * (P - len(prompts[i])) + prompts[i] for i in order], device=device)
-    padding = torch.tensor([P - len(prompts[i]) for i in order], device=device)
     noise = (torch.rand(B, max_new_tokens, generator=generator) if noise is None else noise).to(device)
     response = torch.full((B, max_new_tokens), config.pad_token_id, device=device)
     mask = torch.zeros(B, max_new_tokens, dtype=torch.bool, device=device)
-    cache = KVCache(config, B, P + max_new_tokens, like=model.lm_head.weight)
 
-    # Prefill, some rows at a time, so that short prompts are not padded to the longest of all.
+    # Prefill: each distinct prompt once, some at a time in the order of length, so that few are padded to the longest of all.
+    distinct = sorted(dict.fromkeys(map(tuple, prompts)), key=len)
+    idx = torch.tensor([(config.pad_token_id,) * (P - len(p)) + p for p in distinct], device=device)
+    padding = torch.tensor([P - len(p) for p in distinct], device=device)
+    cache = KVCache(config, len(distinct), P, like=model.lm_head.weight)
     columns = torch.arange(P + max_new_tokens, device=device)
     visible = columns >= padding[:, None]                                               # (B, S): not padding
     positions = (columns[:P] - padding[:, None]).clamp(min=0)                           # (B, P)
     look = columns[:P, None] >= columns[:P]                                             # (P, P): causal
     own = torch.eye(P, dtype=torch.bool, device=device)     # padding sees itself, or its softmax would be over nothing
     logits = []
-    for row in range(0, B, PREFILL_ROWS):
-        some, left = slice(row, row + PREFILL_ROWS), P - max(len(prompts[i]) for i in order[row:row + PREFILL_ROWS])
+    for row in range(0, len(distinct), PREFILL_ROWS):
+        some, left = slice(row, row + PREFILL_ROWS), P - max(map(len, distinct[row:row + PREFILL_ROWS]))
         sees = visible[some, None, left:P] & look[left:, left:] | own[left:, left:]     # (b, p, p)
         hidden = model.model(idx[some, left:], positions[some, left:], sees[:, None], cache.part(some, left))
         logits.append(model.lm_head(hidden[:, -1]))
-    logits, cache.length = torch.cat(logits), P                                         # (B, V)
+    cache.length = P
 
-    rows = torch.tensor(order, device=device)               # the rows still in the batch; all tensors below hold just these
+    # From here on a row a response: first all in the order of the prompts, then those that have not ended.
+    place = {p: i for i, p in enumerate(distinct)}
+    going = torch.tensor([place[tuple(p)] for p in prompts], device=device)
+    logits, padding, visible = torch.cat(logits)[going], padding[going], visible[going]
+    cache.keep(going, P + max_new_tokens)
+    rows = torch.arange(B, device=device)
     ended = torch.zeros(B, dtype=torch.bool, device=device)
     for t in range(max_new_tokens):
         token = sample(logits, temperature, noise[rows, t])
@@ -295,7 +312,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None, no
         # Leaving costs a copy of the cache, so rows leave an eighth of the batch at a time; until then they idle in it.
         if len(going) <= len(rows) - len(rows) / 8:
             rows, token, padding, visible, ended = (x[going] for x in (rows, token, padding, visible, ended))
-            cache.keep(going)
+            cache.keep(going, P + max_new_tokens)
         hidden = model.model(token[:, None], (P + t - padding)[:, None], visible[:, None, None, :P + t + 1], cache)
         logits = model.lm_head(hidden[:, -1])
     return response[:, :t + 1], mask[:, :t + 1]
