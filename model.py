@@ -10,7 +10,6 @@ value projections, Qwen3 a norm to each query and key head. No dropout: the teac
 
 B batch, T tokens, S keys, V vocabulary, C hidden size, H query heads, K key/value heads, D head size.
 """
-import copy
 import json
 import os
 from dataclasses import asdict, dataclass, fields
@@ -25,7 +24,7 @@ from safetensors.torch import load_file, save_file
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 
-PREFILL_ROWS = 64           # prompts that are prefilled at a time: enough for the matrices, few enough for the processor's cache
+PREFILL_ROWS = 64           # rows that are prefilled at a time: enough for the matrices, few enough for the processor's cache
 
 
 class CannotRun(Exception):
@@ -66,7 +65,7 @@ class KVCache:
     def __init__(self, config, batch, size, like):
         c = config
         shape = (2, batch, c.num_key_value_heads, size, c.head_dim)
-        self.layers = [torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(c.num_hidden_layers)]
+        self.layers = [torch.empty(shape, dtype=like.dtype, device=like.device) for _ in range(c.num_hidden_layers)]
         self.length = 0
 
     def update(self, layer, k, v):
@@ -77,17 +76,18 @@ class KVCache:
         values[:, :, self.length:end] = v
         return keys[:, :, :end], values[:, :, :end]
 
-    def part(self, rows, column):
-        """An empty cache that is a window on these rows (a slice) of this one, from a column on."""
-        window = copy.copy(self)
-        window.layers, window.length = [kv[:, rows, :, column:] for kv in self.layers], 0
-        return window
+    def fill(self, rows, other, source):
+        """Makes these rows (a slice) the rows `source` of another cache, which end in the same column; zeros in front."""
+        start = self.length - other.length
+        for mine, others in zip(self.layers, other.layers):
+            mine[:, rows, :, :start] = 0                    # masked, but a NaN left in memory would come through the mask
+            mine[:, rows, :, start:self.length] = others[:, source]
 
-    def keep(self, rows, size):
-        """Replaces the batch by these rows of it (indices, which may repeat), with room for `size` tokens each."""
-        for i, kv in enumerate(self.layers):                # a layer at a time, so that two whole caches never stand side by side
-            self.layers[i] = kv.new_empty(2, len(rows), kv.shape[2], size, kv.shape[4])
-            self.layers[i][:, :, :, :self.length] = kv[:, :, :, :self.length].index_select(1, rows)
+    def keep(self, rows):
+        """Drops all but these rows (indices) of the batch; only what is filled moves."""
+        for i, kv in enumerate(self.layers):
+            kv[:, :len(rows), :, :self.length] = kv[:, rows, :, :self.length]
+            self.layers[i] = kv[:, :len(rows)]
 
 
 def rotate(x, cos, sin):
@@ -272,50 +272,54 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None, no
     if P + max_new_tokens > config.max_position_embeddings:
         raise ValueError(f"a prompt of {P} tokens and {max_new_tokens} new ones do not fit into the context of "
                          f"{config.max_position_embeddings}: shorten the prompt, or ask for fewer new tokens")
-    noise = (torch.rand(B, max_new_tokens, generator=generator) if noise is None else noise).to(device)
-    response = torch.full((B, max_new_tokens), config.pad_token_id, device=device)
-    mask = torch.zeros(B, max_new_tokens, dtype=torch.bool, device=device)
+    end = -1 if config.eos_token_id is None else config.eos_token_id                    # -1: no token ends a response
+    order = sorted(range(B), key=lambda i: (len(prompts[i]), prompts[i]))
+    rows = torch.tensor(order, device=device)
+    noise = (torch.rand(B, max_new_tokens, generator=generator) if noise is None else noise).to(device)[rows]
+    response = torch.full((B, max_new_tokens), end, device=device)
 
-    # Prefill: each distinct prompt once, some at a time in the order of length, so that few are padded to the longest of all.
-    distinct = sorted(dict.fromkeys(map(tuple, prompts)), key=len)
-    idx = torch.tensor([(config.pad_token_id,) * (P - len(p)) + p for p in distinct], device=device)
-    padding = torch.tensor([P - len(p) for p in distinct], device=device)
-    cache = KVCache(config, len(distinct), P, like=model.lm_head.weight)
-    columns = torch.arange(P + max_new_tokens, device=device)
-    visible = columns >= padding[:, None]                                               # (B, S): not padding
-    positions = (columns[:P] - padding[:, None]).clamp(min=0)                           # (B, P)
-    look = columns[:P, None] >= columns[:P]                                             # (P, P): causal
-    own = torch.eye(P, dtype=torch.bool, device=device)     # padding sees itself, or its softmax would be over nothing
-    logits = []
-    for row in range(0, len(distinct), PREFILL_ROWS):
-        some, left = slice(row, row + PREFILL_ROWS), P - max(map(len, distinct[row:row + PREFILL_ROWS]))
-        sees = visible[some, None, left:P] & look[left:, left:] | own[left:, left:]     # (b, p, p)
-        hidden = model.model(idx[some, left:], positions[some, left:], sees[:, None], cache.part(some, left))
-        logits.append(model.lm_head(hidden[:, -1]))
-    cache.length = P
+    # Prefill, some rows at a time, so that short prompts are not padded to the longest of all, and equal prompts once.
+    cache = KVCache(config, B, P + max_new_tokens, like=model.lm_head.weight)
+    cache.length, logits = P, []
+    for row in range(0, B, PREFILL_ROWS):
+        some = [tuple(prompts[i]) for i in order[row:row + PREFILL_ROWS]]
+        place = {p: i for i, p in enumerate(dict.fromkeys(some))}                       # distinct prompt -> its row, b in all
+        width = len(some[-1])
+        idx = torch.tensor([(config.pad_token_id,) * (width - len(p)) + p for p in place], device=device)  # (b, width)
+        column = torch.arange(width, device=device)
+        place_in_row = column - torch.tensor([[width - len(p)] for p in place], device=device)  # (b, width), padding below 0
+        look = (place_in_row >= 0)[:, None] & (column[:, None] >= column)                # causal, and never at padding;
+        look |= torch.eye(width, dtype=torch.bool, device=device)                       # which sees itself, or softmax gives NaN
+        part = KVCache(config, len(place), width, like=model.lm_head.weight)
+        hidden = model.model(idx, place_in_row.clamp(min=0), look[:, None], part)
+        source = torch.tensor([place[p] for p in some], device=device)
+        cache.fill(slice(row, row + PREFILL_ROWS), part, source)
+        logits.append(model.lm_head(hidden[:, -1])[source])
+    logits = torch.cat(logits)                                                          # (B, V)
 
-    # From here on a row a response: first all in the order of the prompts, then those that have not ended.
-    place = {p: i for i, p in enumerate(distinct)}
-    going = torch.tensor([place[tuple(p)] for p in prompts], device=device)
-    logits, padding, visible = torch.cat(logits)[going], padding[going], visible[going]
-    cache.keep(going, P + max_new_tokens)
-    rows = torch.arange(B, device=device)
+    # Decode. `rows` are those still in the batch; these tensors hold just them, and so does the cache.
+    padding = torch.tensor([P - len(prompts[i]) for i in order], device=device)
+    visible = torch.arange(P + max_new_tokens, device=device) >= padding[:, None]       # (B, S): not padding
     ended = torch.zeros(B, dtype=torch.bool, device=device)
     for t in range(max_new_tokens):
-        token = sample(logits, temperature, noise[rows, t])
-        response[rows, t] = token.masked_fill(ended, config.pad_token_id)
-        mask[rows, t] = ~ended
-        ended = ended | (token == config.eos_token_id)
+        token = sample(logits, temperature, noise[:, t])
+        response[rows, t] = token
+        ended = ended | (token == end)
         going = (~ended).nonzero().squeeze(1)
         if len(going) == 0 or t + 1 == max_new_tokens:
             break
         # Leaving costs a copy of the cache, so rows leave an eighth of the batch at a time; until then they idle in it.
         if len(going) <= len(rows) - len(rows) / 8:
-            rows, token, padding, visible, ended = (x[going] for x in (rows, token, padding, visible, ended))
-            cache.keep(going, P + max_new_tokens)
+            rows, token, noise, padding, visible, ended = (x[going] for x in (rows, token, noise, padding, visible, ended))
+            cache.keep(going)
         hidden = model.model(token[:, None], (P + t - padding)[:, None], visible[:, None, None, :P + t + 1], cache)
         logits = model.lm_head(hidden[:, -1])
-    return response[:, :t + 1], mask[:, :t + 1]
+
+    # What idle rows wrote behind their end is padding, as is what was never written.
+    response = response[:, :t + 1]
+    is_end = response == end
+    mask = is_end.cumsum(1) - is_end.long() == 0                                        # no end before this token
+    return response.masked_fill(~mask, config.pad_token_id), mask
 
 
 # --- Checkpoints: a folder with config.json and model.safetensors (and the tokenizer, which `data.py` writes) ---------------
