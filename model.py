@@ -243,8 +243,8 @@ def sample(logits, temperature, noise):
     """
     if temperature == 0:
         return logits.argmax(-1)
-    # Not normalised, since the noise is scaled to the last value instead, from which it then cannot fall off by rounding.
-    cdf = (logits - logits.amax(-1, keepdim=True)).div_(temperature).exp_().cumsum_(-1)
+    cdf = (logits / temperature).softmax(-1).cumsum_(-1)
+    # Where rounding leaves the last value under 1, noise above it must not fall off the end: scale it to what is there.
     return torch.searchsorted(cdf, noise[:, None] * cdf[:, -1:], right=True).squeeze(1).clamp_(max=logits.shape[-1] - 1)
 
 
@@ -254,7 +254,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None, no
 
     Prompts of different lengths are padded on the left, so that all rows write the same cache column; positions count
     from each prompt's first token and the mask hides the padding, so no row can tell what it was batched with. Inside, the
-    rows are in the order of their prompts' lengths, and those that have ended leave.
+    rows are in the order of their prompts' lengths, equal prompts side by side, and those that have ended leave.
 
     Args:
         prompts: a list of B lists of token ids.
@@ -278,26 +278,26 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None, no
     noise = (torch.rand(B, max_new_tokens, generator=generator) if noise is None else noise).to(device)[rows]
     response = torch.full((B, max_new_tokens), end, device=device)
 
-    # Prefill, some rows at a time, so that short prompts are not padded to the longest of all, and equal prompts once.
+    # Prefill, some rows at a time, so that short prompts are not padded to the longest of all; equal ones among them only once.
     cache = KVCache(config, B, P + max_new_tokens, like=model.lm_head.weight)
     cache.length, logits = P, []
-    for row in range(0, B, PREFILL_ROWS):
-        some = [tuple(prompts[i]) for i in order[row:row + PREFILL_ROWS]]
-        place = {p: i for i, p in enumerate(dict.fromkeys(some))}                       # distinct prompt -> its row, b in all
+    for first in range(0, B, PREFILL_ROWS):
+        some = [tuple(prompts[i]) for i in order[first:first + PREFILL_ROWS]]
+        distinct = {p: i for i, p in enumerate(dict.fromkeys(some))}                    # prompt -> its row, b of them
+        source = torch.tensor([distinct[p] for p in some], device=device)
         width = len(some[-1])
-        idx = torch.tensor([(config.pad_token_id,) * (width - len(p)) + p for p in place], device=device)  # (b, width)
+        idx = torch.tensor([(config.pad_token_id,) * (width - len(p)) + p for p in distinct], device=device)    # (b, width)
         column = torch.arange(width, device=device)
-        place_in_row = column - torch.tensor([[width - len(p)] for p in place], device=device)  # (b, width), padding below 0
-        look = (place_in_row >= 0)[:, None] & (column[:, None] >= column)                # causal, and never at padding;
-        look |= torch.eye(width, dtype=torch.bool, device=device)                       # which sees itself, or softmax gives NaN
-        part = KVCache(config, len(place), width, like=model.lm_head.weight)
-        hidden = model.model(idx, place_in_row.clamp(min=0), look[:, None], part)
-        source = torch.tensor([place[p] for p in some], device=device)
-        cache.fill(slice(row, row + PREFILL_ROWS), part, source)
+        positions = column - torch.tensor([[width - len(p)] for p in distinct], device=device)          # under 0: padding
+        sees = (positions[:, None] >= 0) & (column <= column[:, None])                  # (b, width, width): causal
+        sees |= torch.eye(width, dtype=torch.bool, device=device)   # padding sees itself, or its softmax would be over nothing
+        part = KVCache(config, len(distinct), width, like=model.lm_head.weight)
+        hidden = model.model(idx, positions.clamp(min=0), sees[:, None], part)
         logits.append(model.lm_head(hidden[:, -1])[source])
+        cache.fill(slice(first, first + PREFILL_ROWS), part, source)
     logits = torch.cat(logits)                                                          # (B, V)
 
-    # Decode. `rows` are those still in the batch; these tensors hold just them, and so does the cache.
+    # Decode. `rows` are the responses still in the batch; the other tensors here, and the cache, hold just these.
     padding = torch.tensor([P - len(prompts[i]) for i in order], device=device)
     visible = torch.arange(P + max_new_tokens, device=device) >= padding[:, None]       # (B, S): not padding
     ended = torch.zeros(B, dtype=torch.bool, device=device)
