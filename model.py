@@ -10,7 +10,6 @@ value projections, Qwen3 a norm to each query and key head. No dropout: the teac
 
 B batch, T tokens, S keys, V vocabulary, C hidden size, H query heads, K key/value heads, D head size.
 """
-import copy
 import json
 import os
 from dataclasses import asdict, dataclass, fields
@@ -25,7 +24,7 @@ from safetensors.torch import load_file, save_file
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 
-PREFILL_ROWS = 64           # prompts that are prefilled at a time: enough for the matrices, few enough for the processor's cache
+PREFILL_ROWS = 64           # rows that are prefilled at a time: enough for the matrices, few enough for the processor's cache
 
 
 class CannotRun(Exception):
@@ -61,36 +60,42 @@ class GPTConfig:
 
 
 class KVCache:
-    """Keys and values of all layers, preallocated: two tensors (layers, B, K, S, D), of which `length` columns are filled."""
+    """Keys and values, preallocated: a tensor (2, B, K, S, D) a layer, of whose S columns `length` are filled."""
 
     def __init__(self, config, batch, size, like):
         c = config
-        shape = (c.num_hidden_layers, batch, c.num_key_value_heads, size, c.head_dim)
-        self.k, self.v = torch.zeros(2, *shape, dtype=like.dtype, device=like.device)
+        shape = (2, batch, c.num_key_value_heads, size, c.head_dim)
+        self.layers = [torch.empty(shape, dtype=like.dtype, device=like.device) for _ in range(c.num_hidden_layers)]
         self.length = 0
 
     def update(self, layer, k, v):
         """Writes k, v (B, K, T, D) behind what is there and returns all that is filled: (B, K, length + T, D)."""
+        keys, values = self.layers[layer]
         end = self.length + k.shape[2]
-        self.k[layer, :, :, self.length:end] = k
-        self.v[layer, :, :, self.length:end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+        keys[:, :, self.length:end] = k
+        values[:, :, self.length:end] = v
+        return keys[:, :, :end], values[:, :, :end]
 
-    def part(self, rows, column):
-        """An empty cache that is a window on these rows (a slice) of this one, from a column on."""
-        window = copy.copy(self)
-        window.k, window.v, window.length = self.k[:, rows, :, column:], self.v[:, rows, :, column:], 0
-        return window
+    def fill(self, rows, other, source):
+        """Makes these rows (a slice) the rows `source` of another cache, which end in the same column; zeros in front."""
+        start = self.length - other.length
+        for mine, others in zip(self.layers, other.layers):
+            mine[:, rows, :, :start] = 0                    # masked, but a NaN left in memory would come through the mask
+            mine[:, rows, :, start:self.length] = others[:, source]
 
     def keep(self, rows):
-        """Drops all but these rows (indices) of the batch."""
-        self.k, self.v = self.k[:, rows], self.v[:, rows]
+        """Drops all but these rows (indices) of the batch; only what is filled moves."""
+        for i, kv in enumerate(self.layers):
+            kv[:, :len(rows), :, :self.length] = kv[:, rows, :, :self.length]
+            self.layers[i] = kv[:, :len(rows)]
 
 
 def rotate(x, cos, sin):
-    """Rotary positions: x (B, heads, T, D), cos and sin (B, 1, T, D/2). Pairs i with i + D/2, as Hugging Face does."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    """Rotary positions: x (B, T, heads, D), cos and sin (B, T, 1, D). Pairs i with i + D/2, as Hugging Face does.
+
+    The first half of `sin` is negative: (a, b) turns into (a cos - b sin, b cos + a sin).
+    """
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
 class Attention(nn.Module):
@@ -102,6 +107,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(c.hidden_size, self.kv_heads * self.head_dim, bias=c.qkv_bias)
         self.v_proj = nn.Linear(c.hidden_size, self.kv_heads * self.head_dim, bias=c.qkv_bias)
         self.o_proj = nn.Linear(self.heads * self.head_dim, c.hidden_size, bias=False)
+        self.qk_norm = c.qk_norm
         if c.qk_norm:
             self.q_norm = nn.RMSNorm(self.head_dim, eps=c.rms_norm_eps)
             self.k_norm = nn.RMSNorm(self.head_dim, eps=c.rms_norm_eps)
@@ -111,13 +117,17 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(B, T, self.heads, self.head_dim)        # (B, T, H, D)
         k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim)     # (B, T, K, D)
         v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim)
-        if hasattr(self, "q_norm"):
+        if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))                # (B, heads, T, D)
-        q, k = rotate(q, *rope), rotate(k, *rope)
-        if cache is not None:
-            k, v = cache.update(self.layer, k, v)                       # (B, K, S, D), S = all tokens so far
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        q, k = rotate(torch.cat((q, k), 2), *rope).split((self.heads, self.kv_heads), 2)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)                       # (B, heads, T, D)
+        if cache is None:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        else:       # few queries: written out, the heads that share keys as one matrix, this takes two thirds of the time
+            k, v = cache.update(self.layer, k, v)                                               # (B, K, S, D), all so far
+            score = q.reshape(B, self.kv_heads, -1, self.head_dim) @ k.mT                       # (B, K, H/K * T, S)
+            score = score.view(B, self.heads, T, -1).mul_(self.head_dim ** -0.5).add_(mask)
+            y = (score.softmax(-1).view(B, self.kv_heads, -1, k.shape[2]) @ v).view(B, self.heads, T, self.head_dim)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))         # (B, T, C)
 
 
@@ -156,8 +166,8 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
         frequency = c.rope_theta ** (-torch.arange(0, c.head_dim, 2) / c.head_dim)
         angle = torch.arange(c.max_position_embeddings)[:, None] * frequency            # (context, D/2)
-        self.register_buffer("cos", angle.cos(), persistent=False)
-        self.register_buffer("sin", angle.sin(), persistent=False)
+        self.register_buffer("cos", torch.cat((angle.cos(), angle.cos()), 1), persistent=False)     # (context, D)
+        self.register_buffer("sin", torch.cat((-angle.sin(), angle.sin()), 1), persistent=False)
 
     def forward(self, idx, positions=None, mask=None, cache=None):
         B, T = idx.shape
@@ -166,11 +176,13 @@ class Decoder(nn.Module):
             if start + T > self.config.max_position_embeddings:
                 raise ValueError(f"{start + T} tokens do not fit into the context of {self.config.max_position_embeddings}")
             positions = torch.arange(start, start + T, device=idx.device).expand(B, T)
-        # Causal by default; over a cache the T new tokens see all that is filled and, among themselves, what is before them.
-        if mask is None and start > 0:
-            mask = torch.ones(T, start + T, dtype=torch.bool, device=idx.device).tril(start)
-        rope = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)       # (B, 1, T, D/2)
         x = self.embed_tokens(idx)                                                      # (B, T, C)
+        rope = self.cos[positions].unsqueeze(2), self.sin[positions].unsqueeze(2)       # (B, T, 1, D)
+        # Causal by default; over a cache the T new tokens see all that is filled and, among themselves, what is before them.
+        if mask is None and cache is not None:
+            mask = torch.ones(T, start + T, dtype=torch.bool, device=idx.device).tril(start)
+        if mask is not None:                                # what is added to the scores, once for all layers
+            mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill_(~mask, -torch.inf)
         for layer in self.layers:
             x = layer(x, rope, mask, cache)
         if cache is not None:
@@ -231,7 +243,7 @@ def sample(logits, temperature, noise):
     """
     if temperature == 0:
         return logits.argmax(-1)
-    cdf = (logits / temperature).softmax(-1).cumsum(-1)
+    cdf = (logits / temperature).softmax(-1).cumsum_(-1)
     # Where rounding leaves the last value under 1, noise above it must not fall off the end: scale it to what is there.
     return torch.searchsorted(cdf, noise[:, None] * cdf[:, -1:], right=True).squeeze(1).clamp_(max=logits.shape[-1] - 1)
 
@@ -242,7 +254,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None, no
 
     Prompts of different lengths are padded on the left, so that all rows write the same cache column; positions count
     from each prompt's first token and the mask hides the padding, so no row can tell what it was batched with. Inside, the
-    rows are in the order of their prompts' lengths, and those that have ended leave.
+    rows are in the order of their prompts' lengths, equal prompts side by side, and those that have ended leave.
 
     Args:
         prompts: a list of B lists of token ids.
@@ -260,45 +272,54 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None, no
     if P + max_new_tokens > config.max_position_embeddings:
         raise ValueError(f"a prompt of {P} tokens and {max_new_tokens} new ones do not fit into the context of "
                          f"{config.max_position_embeddings}: shorten the prompt, or ask for fewer new tokens")
-    order = sorted(range(B), key=lambda i: len(prompts[i]))
-    idx = torch.tensor([[config.pad_token_id] * (P - len(prompts[i])) + prompts[i] for i in order], device=device)
-    padding = torch.tensor([P - len(prompts[i]) for i in order], device=device)
-    noise = (torch.rand(B, max_new_tokens, generator=generator) if noise is None else noise).to(device)
-    response = torch.full((B, max_new_tokens), config.pad_token_id, device=device)
-    mask = torch.zeros(B, max_new_tokens, dtype=torch.bool, device=device)
+    end = -1 if config.eos_token_id is None else config.eos_token_id                    # -1: no token ends a response
+    order = sorted(range(B), key=lambda i: (len(prompts[i]), prompts[i]))
+    rows = torch.tensor(order, device=device)
+    noise = (torch.rand(B, max_new_tokens, generator=generator) if noise is None else noise).to(device)[rows]
+    response = torch.full((B, max_new_tokens), end, device=device)
+
+    # Prefill, some rows at a time, so that short prompts are not padded to the longest of all; equal ones among them only once.
     cache = KVCache(config, B, P + max_new_tokens, like=model.lm_head.weight)
+    cache.length, logits = P, []
+    for first in range(0, B, PREFILL_ROWS):
+        some = [tuple(prompts[i]) for i in order[first:first + PREFILL_ROWS]]
+        distinct = {p: i for i, p in enumerate(dict.fromkeys(some))}                    # prompt -> its row, b of them
+        source = torch.tensor([distinct[p] for p in some], device=device)
+        width = len(some[-1])
+        idx = torch.tensor([(config.pad_token_id,) * (width - len(p)) + p for p in distinct], device=device)    # (b, width)
+        column = torch.arange(width, device=device)
+        positions = column - torch.tensor([[width - len(p)] for p in distinct], device=device)          # under 0: padding
+        sees = (positions[:, None] >= 0) & (column <= column[:, None])                  # (b, width, width): causal
+        sees |= torch.eye(width, dtype=torch.bool, device=device)   # padding sees itself, or its softmax would be over nothing
+        part = KVCache(config, len(distinct), width, like=model.lm_head.weight)
+        hidden = model.model(idx, positions.clamp(min=0), sees[:, None], part)
+        logits.append(model.lm_head(hidden[:, -1])[source])
+        cache.fill(slice(first, first + PREFILL_ROWS), part, source)
+    logits = torch.cat(logits)                                                          # (B, V)
 
-    # Prefill, some rows at a time, so that short prompts are not padded to the longest of all.
-    columns = torch.arange(P + max_new_tokens, device=device)
-    visible = columns >= padding[:, None]                                               # (B, S): not padding
-    positions = (columns[:P] - padding[:, None]).clamp(min=0)                           # (B, P)
-    look = columns[:P, None] >= columns[:P]                                             # (P, P): causal
-    own = torch.eye(P, dtype=torch.bool, device=device)     # padding sees itself, or its softmax would be over nothing
-    logits = []
-    for row in range(0, B, PREFILL_ROWS):
-        some, left = slice(row, row + PREFILL_ROWS), P - max(len(prompts[i]) for i in order[row:row + PREFILL_ROWS])
-        sees = visible[some, None, left:P] & look[left:, left:] | own[left:, left:]     # (b, p, p)
-        hidden = model.model(idx[some, left:], positions[some, left:], sees[:, None], cache.part(some, left))
-        logits.append(model.lm_head(hidden[:, -1]))
-    logits, cache.length = torch.cat(logits), P                                         # (B, V)
-
-    rows = torch.tensor(order, device=device)               # the rows still in the batch; all tensors below hold just these
+    # Decode. `rows` are the responses still in the batch; the other tensors here, and the cache, hold just these.
+    padding = torch.tensor([P - len(prompts[i]) for i in order], device=device)
+    visible = torch.arange(P + max_new_tokens, device=device) >= padding[:, None]       # (B, S): not padding
     ended = torch.zeros(B, dtype=torch.bool, device=device)
     for t in range(max_new_tokens):
-        token = sample(logits, temperature, noise[rows, t])
-        response[rows, t] = token.masked_fill(ended, config.pad_token_id)
-        mask[rows, t] = ~ended
-        ended = ended | (token == config.eos_token_id)
+        token = sample(logits, temperature, noise[:, t])
+        response[rows, t] = token
+        ended = ended | (token == end)
         going = (~ended).nonzero().squeeze(1)
         if len(going) == 0 or t + 1 == max_new_tokens:
             break
         # Leaving costs a copy of the cache, so rows leave an eighth of the batch at a time; until then they idle in it.
         if len(going) <= len(rows) - len(rows) / 8:
-            rows, token, padding, visible, ended = (x[going] for x in (rows, token, padding, visible, ended))
+            rows, token, noise, padding, visible, ended = (x[going] for x in (rows, token, noise, padding, visible, ended))
             cache.keep(going)
         hidden = model.model(token[:, None], (P + t - padding)[:, None], visible[:, None, None, :P + t + 1], cache)
         logits = model.lm_head(hidden[:, -1])
-    return response[:, :t + 1], mask[:, :t + 1]
+
+    # What idle rows wrote behind their end is padding, as is what was never written.
+    response = response[:, :t + 1]
+    is_end = response == end
+    mask = is_end.cumsum(1) - is_end.long() == 0                                        # no end before this token
+    return response.masked_fill(~mask, config.pad_token_id), mask
 
 
 # --- Checkpoints: a folder with config.json and model.safetensors (and the tokenizer, which `data.py` writes) ---------------

@@ -77,6 +77,39 @@ def test_a_row_cannot_tell_what_it_was_batched_with():
     assert alone == among
 
 
+def test_equal_prompts_are_prefilled_once_and_answered_as_if_they_were_not(monkeypatch):
+    """Four responses to each of 20 prompts in no order, and one to another: the decoder prefills 21 rows, not 81."""
+    model, rng = tiny_gpt(vocab=11), random.Random(0)
+    distinct = list(dict.fromkeys(map(tuple, prompts_of_many_lengths(30, 11))))[:21]
+    prompts = [list(p) for p in distinct[:20] * 4 + distinct[20:]]
+    rng.shuffle(prompts)
+    monkeypatch.setattr("model.PREFILL_ROWS", 1000)
+    rows, noise, forward = [], torch.rand(len(prompts), 10, generator=torch.Generator().manual_seed(1)), model.model.forward
+    monkeypatch.setattr(model.model, "forward", lambda idx, *rest: rows.append(len(idx)) or forward(idx, *rest))
+    together = as_lists(*generate(model, prompts, 10, noise=noise))
+    assert rows[:2] == [21, 81]
+    apart = [as_lists(*generate(model, [p], 10, noise=noise[i:i + 1]))[0] for i, p in enumerate(prompts)]
+    assert together == apart
+    monkeypatch.setattr("model.PREFILL_ROWS", 7)            # parts that cut through a group of equal prompts
+    assert as_lists(*generate(model, prompts, 10, noise=noise)) == together
+
+
+def test_what_lies_in_unwritten_memory_does_not_matter(monkeypatch):
+    """The cache is not cleared when it is made: NaN there must not come through a mask of zeros."""
+    model, prompts = tiny_gpt(vocab=11), prompts_of_many_lengths(40, 11)
+    args = dict(noise=torch.rand(40, 10, generator=torch.Generator().manual_seed(2)))
+    expected = as_lists(*generate(model, prompts, 10, **args))
+    monkeypatch.setattr("model.PREFILL_ROWS", 5)            # many widths, so that columns stay in front of the shorter ones
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
+    assert as_lists(*generate(model, prompts, 10, **args)) == expected
+
+
+def test_without_an_end_token_every_response_has_all_tokens():
+    response, mask = generate(tiny_gpt(eos_token_id=None), [[0, 1], [2]], 9)
+    assert response.shape == (2, 9) and mask.all()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_left_padding_does_not_change_logits(family):
     model, prompt = tiny_gpt(family=family), [3, 1, 4, 1, 2]
@@ -92,10 +125,10 @@ def test_left_padding_does_not_change_logits(family):
 
 def test_rotary_positions_by_hand():
     """A quarter turn takes the first half of a head to the second: (1, 0) at position p and angle p * pi / 2."""
-    angle = torch.tensor([0.0, 1.0, 2.0]) * torch.pi / 2
-    x = torch.tensor([1.0, 0.0]).expand(1, 1, 3, 2)
-    turned = rotate(x, angle.cos().view(1, 1, 3, 1), angle.sin().view(1, 1, 3, 1))
-    assert torch.allclose(turned[0, 0], torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]), atol=1e-6)
+    angle = torch.tensor([0.0, 1.0, 2.0]).view(1, 3, 1, 1) * torch.pi / 2
+    x = torch.tensor([1.0, 0.0]).expand(1, 3, 1, 2)
+    turned = rotate(x, angle.cos(), torch.cat((-angle.sin(), angle.sin()), -1))
+    assert torch.allclose(turned[0, :, 0], torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]), atol=1e-6)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
