@@ -420,8 +420,7 @@ def consistency(config, stage):
     teacher_hash = weights_hash(teacher)
     if not open_run(config, tokenizer, stage=stage, teacher=teacher_hash, pairs_hash=hashlib.sha256(repr(records).encode()).hexdigest()[:16]):
         return
-    clean = [chat(tokenizer, r["clean"]) for r in records for _ in range(config.samples)]
-    wrapped = [chat(tokenizer, r["wrapped"]) for r in records for _ in range(config.samples)]
+    clean, wrapped = ([ids for r in records for ids in [chat(tokenizer, r[form])] * config.samples] for form in ("clean", "wrapped"))
     room = student.config.max_position_embeddings - config.max_new_tokens
     for number, longest in enumerate((max(len(clean[i]), len(wrapped[i])) for i in range(0, len(clean), config.samples)), 1):
         if longest > room:
