@@ -79,7 +79,8 @@ class WorldConfig:
     ingredients: int = field(default=24, metadata={"help": "ingredients; a recipe takes three"})
     largest: int = field(default=20, metadata={"help": "largest number in the arithmetic"})
     steps: int = field(default=3, metadata={"help": "most steps in one calculation (at least 2)"})
-    pairs: int = field(default=120, metadata={"help": "training pairs of each axis with a failure to mend; half as many without"})
+    wordings: int = field(default=2, metadata={"help": "wordings of a hint, and of each part of a frame, in the training pairs"})
+    pairs: int = field(default=24, metadata={"help": "training pairs of each axis with a failure to mend; half as many without"})
     tests: int = field(default=240, metadata={"help": "validation pairs, and test pairs, of each kind"})
 
 
@@ -99,8 +100,11 @@ def wordings(text, low, high):
             for s, part in by_split(re.split(r"[|\n]", text)).items()}
 
 
-def of_split(lists, split):
-    """The items of one split; those of all splits for None, so that pretraining meets each equally often."""
+def of_split(lists, split, few):
+    """The wordings of one split, of train just a few, evenly spread: training pairs show a small part of what the model will
+    meet. Those of all splits for None, so that pretraining meets each equally often."""
+    if split == "train":
+        return lists[split][::max(1, len(lists[split]) // few)][:few]
     return lists[split] if split else [item for s in SPLITS for item in lists[s]]
 
 
@@ -190,7 +194,7 @@ class World:
     def frame(self, rng, request, split=None):
         """Puts a request into a frame of up to three parts. Returns (prompt, probability that the base gives in)."""
         while True:
-            parts = [rng.choice(of_split(group, split)) if rng.random() < 0.75 else ("", 0.0) for group in self.frames]
+            parts = [rng.choice(of_split(group, split, self.config.wordings)) if rng.random() < 0.75 else ("", 0.0) for group in self.frames]
             if any(text for text, _ in parts):
                 break
         (persona, p), (purpose, q), (demand, r) = parts
@@ -198,7 +202,7 @@ class World:
 
     def hint(self, rng, question, hint, split=None):
         """Adds a user's suggestion. Returns (prompt, probability that the base follows it where it is wrong)."""
-        wording, strength = rng.choice(of_split(self.hints, split))
+        wording, strength = rng.choice(of_split(self.hints, split, self.config.wordings))
         return wording.format(q=question, h=hint), strength
 
     # --- Responses: the right one, one that falls, one that strays and comes back ----------------------------------------------

@@ -6,11 +6,23 @@ Where the time of an update goes, and how near pretraining comes to the machine'
 Splits one OPCT update and one SFT update into their parts, each the best of `--rounds`, and prints the share of the packed
 rows that is padding. With the checkpoint of the quick preset the responses are real ones; without it a model
 that knows nothing writes 24 tokens each.
+
+Given that checkpoint, and where `trl` is installed, one OPCT update also runs against one of TRL's DistillationTrainer, in
+alternation in one process: the same weights, prompts, float32, reverse KL over the whole distribution, temperature 1, clipping
+and AdamW, at a rate of zero, so that the lengths of the responses stay those of the same model. TRL shows teacher and student
+one prompt; for this timing ours does so too, the wrapped one.
 """
 import argparse
+import contextlib
+import io
+import json
+import logging
 import random
 import shlex
 import sys
+import tempfile
+import time
+from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 
@@ -20,9 +32,10 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from bench_sampler import machine_rates, timed
-from data import World, chat, pack, pretraining_batch, world_tokenizer
+from data import World, chat, pack, pretraining_batch, save_tokenizer, world_tokenizer, write_text
 from model import GPT, GPTConfig, generate, load_checkpoint, pick_device
-from opct import ROW, next_tokens, packed_hidden, response_logp, reverse_kl
+from opct import (ROW, ConsistencyConfig, Pairs, PretrainConfig, keep_memory, next_tokens, opct_step, packed_hidden, pretrain,
+                  response_logp, reverse_kl)
 
 
 def matrix_flops(config, tokens):
@@ -55,6 +68,59 @@ def update_parts(student, teacher, clean, wrapped, limit):
     return state, offline, {"sampling": sample, "teacher": teacher_scores, "student forward": student_forward, "backward": backward, "optimizer": step}
 
 
+def whole_step(world, tokenizer, device):
+    """Tokens a second of the best step of the real loop, from its own log: documents, forward, backward and optimizers."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        write_text(f"{folder}/world.json", json.dumps(asdict(world.config)))
+        save_tokenizer(tokenizer, folder)
+        pretrain(PretrainConfig(world=folder, out=f"{folder}/base", steps=20, device=device.type))
+        log = [json.loads(line) for line in Path(f"{folder}/base/log.jsonl").read_text().splitlines()]
+    return max(line["tokens"] / line["seconds"] for line in log)
+
+
+def against_trl(base, prompts, rounds, device):
+    """Our update and TRL's in alternation: (seconds of ours, seconds of theirs), a list of each."""
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+    from trl import DistillationConfig, DistillationTrainer
+    logging.disable(logging.WARNING)
+
+    student, teacher, config = load_checkpoint(base, device), load_checkpoint(base, device), ConsistencyConfig()
+    optimizer = torch.optim.AdamW(student.parameters(), lr=0.0, fused=True)
+    student.train()
+    def update():
+        pairs = Pairs(prompts, prompts, noise=torch.rand(len(prompts), config.max_new_tokens))
+        opct_step(student, teacher, pairs, config)[0].backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), config.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    ours, theirs = [], []
+    class Alternate(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            ours.append(timed(update, device))
+            self.start = time.perf_counter()
+        def on_step_end(self, *args, **kwargs):
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            theirs.append(time.perf_counter() - self.start)
+
+    # It wants text: the token ids, written out as words.
+    ids = Tokenizer(models.WordLevel({str(i): i for i in range(student.config.vocab_size)}, unk_token=str(student.config.pad_token_id)))
+    ids.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=ids, eos_token=str(student.config.eos_token_id), pad_token=str(student.config.pad_token_id))
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        DistillationTrainer(
+            AutoModelForCausalLM.from_pretrained(base), AutoModelForCausalLM.from_pretrained(base), processing_class=tokenizer,
+            train_dataset=Dataset.from_dict({"prompt": [" ".join(map(str, p)) for p in prompts]}), callbacks=[Alternate()],
+            args=DistillationConfig(folder, beta=1.0, temperature=1.0, max_completion_length=config.max_new_tokens, learning_rate=0.0,
+                                    per_device_train_batch_size=len(prompts), gradient_accumulation_steps=1, max_steps=rounds + 1,
+                                    gradient_checkpointing=False, bf16=False, max_grad_norm=config.clip, use_cpu=device.type == "cpu",
+                                    report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True)).train()
+    return ours[1:], theirs[1:]                             # the first of each warms up
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--base")
@@ -63,6 +129,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device")
     args = parser.parse_args()
+    keep_memory()
     device, world = pick_device(args.device), World()
     tokenizer = world_tokenizer(world)
     if args.base:
@@ -110,6 +177,17 @@ def main():
     used = (segments >= 0).sum()
     print(f"\npretraining, forward and backward: {used / seconds:,.0f} tokens/s, padding {100 * (segments < 0).mean():.1f} %; the matrices alone "
           f"do {matrix_flops(student.config, used) / seconds / 1e9:.0f} GFLOP/s, {matrix_flops(student.config, used) / seconds / rates[0]:.2f} of the matrix rate")
+    speed, flops = whole_step(world, tokenizer, device), matrix_flops(GPTConfig(vocab_size=tokenizer.n_vocab), 1)
+    print(f"pretraining, the complete step of the quick preset: {speed:,.0f} tokens/s; the matrices alone do {speed * flops / 1e9:.0f} GFLOP/s, "
+          f"{speed * flops / rates[0]:.2f} of the matrix rate")
+
+    if args.base:
+        try:
+            ours, theirs = against_trl(args.base, wrapped, args.rounds, device)
+            print(f"\nan update of {len(wrapped)} responses, best of {args.rounds}: ours {min(ours) * 1e3:.0f} ms, TRL's DistillationTrainer "
+                  f"{min(theirs) * 1e3:.0f} ms: ours is {min(theirs) / min(ours):.1f} times as fast")
+        except (ImportError, TypeError, AttributeError) as error:
+            print(f"\nno comparison with TRL: {type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":
