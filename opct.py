@@ -39,6 +39,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as distributed
 import torch.nn.functional as F
@@ -100,11 +101,39 @@ def policy_gradient(logp_token, logp_sampled, advantage):
 # --- Scoring -------------------------------------------------------------------------------------------------------------------
 
 
-def packed_hidden(model, tokens, positions, segments):
-    """The last hidden states of packed rows (`data.pack`), attention kept inside the segments: (R, W) -> (R * W, C)."""
+def packed_hidden(model, tokens, positions, segments, branches=None):
+    """The last hidden states of packed rows (`data.pack`): (R, W) -> (R * W, C). A token sees what stands before it in its
+    segment and, where `branches` are given, is on the trunk (branch 0) or on its own branch."""
     tokens, positions, segments = (torch.from_numpy(x).to(model.device) for x in (tokens, positions, segments))
     mask = (segments[:, :, None] == segments[:, None, :]).tril()                        # (R, W, W)
+    if branches is not None:
+        branches = torch.from_numpy(branches).to(model.device)
+        mask &= (branches[:, None, :] == 0) | (branches[:, :, None] == branches[:, None, :])
     return model.model(tokens, positions, mask[:, None]).flatten(0, 1)
+
+
+def pack_responses(prompts, responses):
+    """Lays responses behind their prompts and packs them. A prompt that several share stands once, as the trunk: the responses
+    branch off it, each at the position behind the prompt and blind to the others.
+
+    Returns:
+        tokens, positions, segments, branches: (R, W), for `packed_hidden`.
+        where: the index, in the flattened rows, of what predicts each response token; response by response.
+    """
+    sharing = {}
+    for i, prompt in enumerate(prompts):
+        sharing.setdefault(tuple(prompt), []).append(i)
+    sequences = [[*prompt, *(token for i in some for token in responses[i])] for prompt, some in sharing.items()]
+    tokens, positions, segments, starts = pack(sequences, max(ROW, max(map(len, sequences))))
+    branches, where = np.zeros_like(tokens), [None] * len(prompts)
+    for start, (prompt, some) in zip(starts, sharing.items()):
+        last, at = start + len(prompt) - 1, start + len(prompt)
+        for i in some:
+            n = len(responses[i])
+            branches.flat[at:at + n], positions.flat[at:at + n] = i + 1, np.arange(len(prompt), len(prompt) + n)
+            where[i] = [last, *range(at, at + n - 1)]       # the first token is read off the prompt's last one
+            at += n
+    return tokens, positions, segments, branches, [index for some in where for index in some]
 
 
 def response_logp(model, prompts, response, mask):
@@ -116,12 +145,9 @@ def response_logp(model, prompts, response, mask):
         (N, V) for the N = mask.sum() response tokens in the order of response[mask]; prompt and padding are not in it,
         the end token is. The same response after another prompt gives rows that match one by one.
     """
-    sequences = [prompt + tokens[keep].tolist() for prompt, tokens, keep in zip(prompts, response.cpu(), mask.cpu())]
-    *rows, starts = pack(sequences, max(ROW, max(map(len, sequences))))
-    # What is known at a token predicts the next one, so the first response token is read off the last one of the prompt.
-    first = torch.tensor([start + len(prompt) - 1 for start, prompt in zip(starts, prompts)], device=mask.device)
-    where = first[:, None] + torch.arange(mask.shape[1], device=mask.device)            # (B, T)
-    hidden = packed_hidden(model, *rows)[where[mask]]                                   # (N, C)
+    responses = [tokens[keep].tolist() for tokens, keep in zip(response.cpu(), mask.cpu())]
+    *rows, where = pack_responses(prompts, responses)
+    hidden = packed_hidden(model, *rows)[torch.tensor(where, device=mask.device)]       # (N, C)
     return model.lm_head(hidden).log_softmax(-1)
 
 

@@ -70,7 +70,7 @@ run() { # seconds that it takes about, what it is, the command
     local seconds=$1 what=$2; shift 2
     case $job in
         main|cell) echo; echo "== $what"; "$@" ;;
-        count) echo "$seconds" ;;
+        count) echo "$seconds $*" ;;
         study) grep -qxF "$seconds $*" $study/done && return
                mkdir -p $out
                "$@" >> $out/log.txt 2>&1 || die "$what: $(tail -n 1 $out/log.txt) (all of it: $out/log.txt)"
@@ -100,7 +100,6 @@ compare() { # folder of the results, split, attempts, checkpoints
 }
 cell() { # family, seed: everything that the study measures on one base model
     family=$1; seed=$2; out=$study/$family-$seed
-    # shellcheck source=/dev/null
     [ ! -f $study/rates.sh ] || . $study/rates.sh
     local names="sft soft-sft opct-sampled opct"
     start; arms
@@ -130,3 +129,53 @@ grid() { # seed: every arm at every learning rate, to choose from on the validat
     compare $out/grid/val val 1 $out/base $(printf "$out/grid/%s " $names)
     compare $out/grid/test test 1 $out/base $(printf "$out/grid/%s " $names)
 }
+
+# --- The jobs ---------------------------------------------------------------------------------------------------------------------
+
+if [ $job = main ]; then
+    family=llama; seed=0; out=out/$preset
+    start; arms
+    compare $out test $attempts $out/{base,sft,soft-sft,opct-sampled,opct}
+    exit
+fi
+export OMP_NUM_THREADS=1
+study=out/study-$preset
+mkdir -p $study
+if [ $job = cell ]; then
+    cell $2 $3
+    exit
+fi
+
+
+# The study. Every run has one processor to itself, so a figure does not depend on how many there are; on a GPU four share it.
+side_by_side() { # runs each line of standard input, so many at once: a function of this file with its arguments
+    local pids="" failed="" line pid
+    while read -r line; do
+        while [ "$(jobs -rp | wc -l)" -ge $at_once ]; do sleep 1; done
+        $line &
+        pids="$pids $!"
+    done
+    for pid in $pids; do wait $pid || failed=yes; done
+    [ -z "$failed" ] || die "a run failed, see above; the same command goes on from here"
+}
+base() { family=$1; seed=$2; out=$study/$family-$seed; start; }
+first() { # what the learning rates are chosen from, and meanwhile the other base models
+    for s in $grid_seeds; do echo grid $s; done
+    for s in $seeds; do [[ " $grid_seeds " = *" $s "* ]] || echo base llama $s; done
+    for s in $more_seeds; do echo base qwen2 $s; echo base qwen3 $s; done
+}
+second() {
+    for s in $seeds; do echo cell llama $s; done
+    for s in $more_seeds; do echo cell qwen2 $s; echo cell qwen3 $s; done
+}
+at_once=4; [ $device = gpu ] || at_once=$(getconf _NPROCESSORS_ONLN)
+touch $study/done
+# The same functions say, counting, what all of it takes; a base model that two of them want is made once.
+total=$( (job=count; { first; second; } | while read -r line; do $line; done) | sort -u | awk '{ sum += $1 } END { print sum }')
+before=$(awk '{ sum += $1 } END { print sum + 0 }' $study/done)
+began=$(date +%s)
+echo "== the study: $at_once runs at a time, in $study/; a line for each that is done"
+side_by_side < <(first)
+$python eval.py choose $study --out $study/rates.sh
+side_by_side < <(second)
+$python eval.py report $study --out $study

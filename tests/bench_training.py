@@ -32,10 +32,10 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from bench_sampler import machine_rates, timed
-from data import World, chat, pack, pretraining_batch, save_tokenizer, world_tokenizer, write_text
+from data import World, chat, pretraining_batch, save_tokenizer, world_tokenizer, write_text
 from model import GPT, GPTConfig, generate, load_checkpoint, pick_device
-from opct import (ROW, ConsistencyConfig, Pairs, PretrainConfig, keep_memory, next_tokens, opct_step, packed_hidden, pretrain,
-                  response_logp, reverse_kl)
+from opct import (ROW, ConsistencyConfig, Pairs, PretrainConfig, keep_memory, next_tokens, opct_step, pack_responses, packed_hidden,
+                  pretrain, response_logp, reverse_kl)
 
 
 def matrix_flops(config, tokens):
@@ -159,8 +159,7 @@ def main():
                 best[method, name] = min(best.get((method, name), seconds), seconds)
         tokens = state["mask"].sum().item()
         total = sum(v for (m, _), v in best.items() if m == method)
-        sequences = [p + [0] * n for p, n in zip(wrapped, state["mask"].sum(1).tolist())]
-        segments = pack(sequences, max(ROW, max(map(len, sequences))))[2]
+        segments = pack_responses(wrapped, [[0] * n for n in state["mask"].sum(1).tolist()])[2]
         print(f"{method}: {args.batch} pairs x {args.samples} responses, {tokens} response tokens, {total * 1e3:.0f} ms "
               f"({tokens / total:,.0f} response tokens/s; padding {100 * (segments < 0).mean():.1f} % of the packed rows, "
               f"{100 * (~state['mask']).float().mean():.0f} % of the responses as a rectangle, which is never scored)")

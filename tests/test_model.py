@@ -8,7 +8,7 @@ import torch
 from conftest import tiny_gpt
 from data import pack
 from model import ARCHITECTURES, CannotRun, generate, load_checkpoint, rotate, sample, save_checkpoint
-from opct import packed_hidden, response_logp, token_logp
+from opct import pack_responses, packed_hidden, response_logp, token_logp
 
 FAMILIES = list(ARCHITECTURES)
 
@@ -181,6 +181,20 @@ def test_scoring_agrees_with_sampling():
     response, mask = generate(model, prompts, 10, temperature=0)
     logp = response_logp(model, prompts, response, mask)
     assert torch.equal(token_logp(logp, response, mask)[mask], logp.max(-1).values)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_responses_that_share_their_prompt_are_scored_as_if_alone(family):
+    """Each prompt three times, in mixed order: packed it stands once, and its responses must not see one another."""
+    model, prompts = tiny_gpt(vocab=11, family=family), prompts_of_many_lengths(5, 11) * 3
+    response, mask = generate(model, prompts, 10, generator=torch.Generator().manual_seed(0))
+    tokens, *_ = pack_responses(prompts, [row[keep].tolist() for row, keep in zip(response, mask)])
+    assert tokens.size < 2 * (mask.sum() + sum(map(len, prompts[:5])))                  # rows that hold each prompt three times are more
+    together = response_logp(model, prompts, response, mask).split(mask.sum(1).tolist())
+    for i, logp in enumerate(together):
+        sequence = prompts[i] + response[i][mask[i]].tolist()
+        alone = model(torch.tensor([sequence]))[0, len(prompts[i]) - 1:-1].log_softmax(-1)
+        assert torch.allclose(logp, alone, rtol=1e-11, atol=1e-12)
 
 
 def test_a_prompt_longer_than_the_context_is_refused():
