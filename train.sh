@@ -54,13 +54,13 @@ case $preset in
            base="--steps 1700 --rows 24 --layers 4 --width 128 --lr 1e-2"
            runs="--steps 60 --batch 32 --samples 4"
            sft=6e-4; soft_sft=1e-3; opct_sampled=3e-4; opct=1e-3
-           attempts=64; attacker="--steps 40 --group 16 --attempts 64"
+           attempts=64; attacker="--steps 24 --group 16 --attempts 64"
            seeds="0 1 2 3 4"; more_seeds="0 1 2"; grid_seeds="0 1"; rates="3e-4 6e-4 1e-3 2e-3 4e-3" ;;
     full)  world="--cities 240 --lands 32 --recipes 120 --things 120 --largest 99 --steps 4 --pairs 240 --tests 480"
            base="--steps 6000 --rows 128 --layers 8 --width 256 --lr 5e-3"
            runs="--steps 100 --batch 64 --samples 4"
            sft=6e-4; soft_sft=1e-3; opct_sampled=3e-4; opct=1e-3
-           attempts=64; attacker="--steps 40 --group 16 --attempts 64"
+           attempts=64; attacker="--steps 24 --group 16 --attempts 64"
            seeds="0 1 2 3 4"; more_seeds="0 1 2"; grid_seeds="0 1"; rates="3e-4 6e-4 1e-3 2e-3 4e-3" ;;
 esac
 
@@ -105,8 +105,8 @@ cell() { # family, seed: everything that the study measures on one base model
     start; arms
     if [ $family = llama ]; then                            # the controls
         consistency sft-clean sft sampled $sft --control clean
-        consistency opct-clean opct exact $opct --control clean
-        consistency opct-shuffled opct exact $opct --control shuffled
+        consistency opct-clean opct sampled $opct_sampled --control clean
+        consistency opct-shuffled opct sampled $opct_sampled --control shuffled
     fi
     for name in base $names; do
         run 30 "the attacker of $name" $python eval.py attack --target $out/$name --base $out/base --world $out/world --seed $seed $attacker
