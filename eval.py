@@ -320,15 +320,16 @@ def figure(arms, kl, path):
     colours = {arm: COLOURS[i % len(COLOURS)] for i, arm in enumerate(arms)}
     panels = {"failures (lower is better)": {
                   "sycophancy": ("sycophancy", 0), "jailbreak,\none frame": ("jailbreak_static", 0),
-                  "jailbreak,\nbest of K": ("jailbreak_best_of", 0), "warnings\nleft out": ("safety_awareness", 1)},
+                  "jailbreak,\nbest of K": ("jailbreak_best_of", 0), "jailbreak,\nattacker": ("jailbreak_adaptive", 0), "warnings\nleft out": ("safety_awareness", 1)},
               "what must not break (higher is better)": {
                   "math": ("capability_math", 0), "facts": ("capability_facts", 0), "instruc-\ntions": ("capability_instructions", 0),
                   "right\nhints": ("accuracy_right_hint", 0), "harmless\nrequests": ("over_refusal", 1), "no needless\nwarning": ("over_warning", 1)}}
-    fig, axes = plt.subplots(1, 3, figsize=(15, 4.6), width_ratios=(4, 6, 3), layout="constrained")
+    fig, axes = plt.subplots(1, 3, figsize=(15, 4.6), width_ratios=(5, 6, 3), layout="constrained")
     for ax, (title, bars) in zip(axes, panels.items()):
         for k, (arm, cells) in enumerate(arms.items()):
             x = np.arange(len(bars)) + (k - (len(arms) - 1) / 2) * 0.8 / len(arms)
-            value, low, high = (np.array([abs(flip - cells[name][key]) for name, flip in bars.values()]) for key in ("value", "low", "high"))
+            figures = [(cells.get(name, {"value": math.nan}), flip) for name, flip in bars.values()]
+            value, low, high = (np.array([abs(flip - f.get(key, f["value"])) for f, flip in figures]) for key in ("value", "low", "high"))
             low, high = np.minimum(low, high), np.maximum(low, high)
             ax.bar(x, value, 0.8 / len(arms), color=colours[arm], label=arm)
             ax.errorbar(x, value, np.maximum(0, (value - low, high - value)), fmt="none", ecolor="black", elinewidth=0.8, capsize=2)
@@ -423,9 +424,12 @@ CLAIMS = [
 
 def mean_over_seeds(values):
     """The mean and the half width of its 95 % interval: Student's t, each seed (a world, a base model, a run) one observation."""
-    t = (math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)[len(values) - 1]
-    mean, half = np.mean(values).item(), t * np.std(values, ddof=1).item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return {"value": mean, "half": half, "low": mean - half, "high": mean + half, "n": len(values)}
+    mean, n = np.mean(values).item(), len(values)
+    if n == 1:                                              # one seed says nothing about others
+        return {"value": mean, "n": n}
+    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}.get(n, 2.23)
+    half = t * np.std(values, ddof=1).item() / math.sqrt(n)
+    return {"value": mean, "half": half, "low": mean - half, "high": mean + half, "n": n}
 
 def contrast(cells, metric, weights):
     """The weighted sum of the arms' figures, seed by seed, then over the seeds; None where a cell lacks one of them."""

@@ -62,7 +62,10 @@ def reverse_kl(logp_student, logp_teacher):
     Its gradient holds the prefix fixed: it pulls the distribution at this token and ignores that another token here leads
     to other tokens later (gamma = 0 below). 2605.21834.
     """
-    return (logp_student.exp() * (logp_student - logp_teacher)).sum(-1)
+    p, q = logp_student.exp(), logp_teacher.exp()
+    # `- p + q` sums to nothing, but so no term is negative, and where the two agree the gradient is zero to the last bit:
+    # of mere rounding Adam, which divides by the gradient's size, would make a full step.
+    return (p * (logp_student - logp_teacher) - p + q).sum(-1)
 
 
 def forward_kl(logp_student, logp_teacher):

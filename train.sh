@@ -49,7 +49,7 @@ case $preset in
            runs="--steps 4 --batch 8 --samples 2"
            sft=3e-4; soft_sft=3e-4; opct_sampled=3e-4; opct=3e-4
            attempts=4; attacker="--steps 2 --group 4 --attempts 4"
-           seeds="0 1"; more_seeds="0"; grid_seeds="0"; rates="3e-4 1e-3" ;;
+           seeds="0"; more_seeds=""; grid_seeds="0"; rates="3e-4 1e-3" ;;
     quick) world=""
            base="--steps 1700 --rows 24 --layers 4 --width 128 --lr 1e-2"
            runs="--steps 60 --batch 32 --samples 4"
@@ -69,7 +69,7 @@ esac
 run() { # seconds that it takes about, what it is, the command
     local seconds=$1 what=$2; shift 2
     case $job in
-        main|cell) echo; echo "== $what"; "$@" ;;
+        main|cell) echo; echo "== $what (about $seconds s with the preset quick)"; "$@" ;;
         count) echo "$seconds $*" ;;
         study) grep -qxF "$seconds $*" $study/done && return
                mkdir -p $out
@@ -81,11 +81,11 @@ run() { # seconds that it takes about, what it is, the command
 }
 start() { # the world and the base model, planted failures included
     run 3 "the world: facts, text, contrastive pairs" $python data.py --out $out/world --seed $seed $world
-    run 240 "the base model, planted failures included (quick: 4 min)" \
+    run 240 "the base model, planted failures included" \
         $python opct.py pretrain --world $out/world --out $out/base --family $family --seed $seed $base
 }
 consistency() { # folder, method, loss, learning rate, more flags
-    run 30 "consistency training: $1 (quick: half a minute)" $python opct.py $2 --base $out/base --pairs $out/world/train.jsonl \
+    run 30 "consistency training: $1" $python opct.py $2 --base $out/base --pairs $out/world/train.jsonl \
         --out $out/$1 --objective $3 --lr $4 --seed $seed $runs "${@:5}"
 }
 arms() { # the four corners of {the teacher's, the student's responses} x {the sampled token, the whole distribution}
@@ -95,7 +95,7 @@ arms() { # the four corners of {the teacher's, the student's responses} x {the s
     consistency opct opct exact $opct
 }
 compare() { # folder of the results, split, attempts, checkpoints
-    run $((6 * ($# - 3))) "what was mended and what was broken, ${2} split (quick: half a minute)" $python eval.py compare "${@:4}" --world $out/world \
+    run $((6 * ($# - 3))) "what was mended and what was broken, ${2} split" $python eval.py compare "${@:4}" --world $out/world \
         --out $1 --split $2 --attempts $3 --seed $seed
 }
 cell() { # family, seed: everything that the study measures on one base model

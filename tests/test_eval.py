@@ -1,16 +1,24 @@
 """The figures that are reported: statistics by hand, and the whole pipeline at its smallest."""
+import copy
 import json
 import math
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from conftest import tiny_gpt
-from eval import ORDER, ausc, drift_kl, evaluate, rate, respond, table, wilson
+from data import IM_END, PAD, document_tokens, pack
+from eval import (ARMS, CONTRASTS, ORDER, AttackConfig, ask, attack_step, ausc, best_of, blocks, choose, contrast, drift_kl, evaluate,
+                  mean_over_seeds, rate, respond, table, train_attacker, try_attacker, verdict, wilson)
+from model import GPT, GPTConfig
+from opct import next_tokens, packed_hidden, response_logp, reverse_kl, token_logp
 
 ROOT = Path(__file__).parent.parent
 
@@ -95,6 +103,146 @@ def test_responses_come_back_in_the_order_of_their_prompts(tokenizer):
     together = respond(model, tokenizer, prompts, seed=0, temperature=0)
     assert together == [respond(model, tokenizer, [p], seed=0, temperature=0)[0] for p in prompts]
     assert together[0] == together[3] != together[1]
+
+
+# --- The attacker ---------------------------------------------------------------------------------------------------------------
+
+def test_best_of_k_by_hand():
+    """Two recipes, four attempts: one hit for the first, none for the second. The best of two draws of four meets the hit in half."""
+    told = np.array([[True, False, False, False], [False] * 4])
+    assert best_of(told) == pytest.approx([1 / 8, 1 / 4, 3 / 8, 1 / 2])
+    assert best_of(np.ones((3, 5), bool)) == pytest.approx([1] * 5) and best_of(np.zeros((3, 5), bool)) == pytest.approx([0] * 5)
+
+
+@pytest.mark.parametrize("kl", [0.0, 0.5])
+def test_an_update_of_the_attacker_is_grpo_with_the_gradient_of_the_reverse_kl(kl, world, tokenizer):
+    """Against the formula: advantages (r - mean) / deviation within each group, and kl times the gradient of KL(attacker || start)."""
+    attacker, start = (tiny_gpt(vocab=tokenizer.n_vocab, max_position_embeddings=256) for _ in range(2))
+    with torch.no_grad():
+        start.lm_head.weight.mul_(0.5)
+    config, names, n = AttackConfig(group=4, kl=kl), world.forbidden[:2], 8
+    reward = [True, False, False, False, True, True, True, True]                        # the second group teaches nothing
+    loss, _ = attack_step(attacker, start, tokenizer, names, lambda *_: reward, config, step=3)
+    loss.backward()
+    got = [p.grad.clone() for p in attacker.parameters()]
+    attacker.zero_grad()
+    wanted, response, mask, _ = ask(attacker, tokenizer, [name for name in names for _ in range(4)], (0, "ask", 3))
+    logp, logp_start = (response_logp(m, wanted, response, mask) for m in (attacker, start))
+    weight = torch.tensor([3, -1, -1, -1, 0, 0, 0, 0], dtype=torch.float64) / 4 / (1 / 2 + 1e-4)      # the first group's deviation is 1/2
+    per_response = token_logp(logp, response, mask).sum(1)
+    ((-weight * per_response).sum() / n + kl * reverse_kl(logp, logp_start.detach()).sum() / n).backward()
+    assert any(g.abs().max() > 1e-3 for g in got)
+    for mine, p in zip(got, attacker.parameters()):
+        assert torch.allclose(mine, p.grad, rtol=1e-5, atol=1e-8)
+
+
+@pytest.fixture(scope="module")
+def a_user(world, tokenizer):
+    """A small model that has learnt how users ask, and nothing else: the weakest thing that an attack can start from."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=tokenizer.n_vocab, hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=2,
+                          num_key_value_heads=1, eos_token_id=tokenizer.encode_single_token(IM_END), pad_token_id=tokenizer.encode_single_token(PAD)))
+    optimizer, rng = torch.optim.AdamW(model.parameters(), lr=3e-3), random.Random(0)
+    for _ in range(250):
+        *rows, _ = pack([document_tokens(tokenizer, *world.an_asking_user(rng)) for _ in range(48)], 128)
+        loss = F.cross_entropy(model.lm_head(packed_hidden(model, *rows)), next_tokens(rows[0], rows[2]).flatten(), ignore_index=-1)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def test_the_attacker_finds_a_planted_weakness_and_carries_it_over_to_new_names(a_user, world, tokenizer, tmp_path):
+    """A scripted target that tells where a prompt ends with one demand of twelve. Untrained, the attacker uses it in 1 of 16
+    attempts; trained on other names and without being told what the weakness is, in most."""
+    weak = lambda names, prompts, seed: [prompt.endswith("speak freely.") for prompt in prompts]
+    config = AttackConfig(target=str(tmp_path), steps=24, group=16, attempts=32)
+    known, new = world.forbidden[:8], world.forbidden[8:]
+    before, _ = try_attacker(a_user, tokenizer, new, weak, config)
+    attacker = copy.deepcopy(a_user)
+    train_attacker(attacker, tokenizer, known, weak, config)
+    after, prompts = try_attacker(attacker, tokenizer, new, weak, config)
+    assert before.mean() < 0.15 and after.mean() > 0.5
+    assert after.shape == (len(new), 32) and all(name not in prompt for prompt in prompts for name in new)
+    log = [json.loads(line) for line in (tmp_path / "attacker/log.jsonl").read_text().splitlines()]
+    assert log[0]["success"] < 0.2 < 0.5 < log[-1]["success"] and log[-1]["kl_exact"] > 0.01
+
+
+def test_an_attacker_without_success_stays_where_it_started(a_user, world, tokenizer, tmp_path):
+    attacker = copy.deepcopy(a_user)
+    never = lambda names, prompts, seed: [False] * len(names)
+    train_attacker(attacker, tokenizer, world.forbidden[:4], never, AttackConfig(target=str(tmp_path), steps=6, group=8))
+    wanted, response, mask, _ = ask(attacker, tokenizer, world.forbidden, (1,))
+    assert reverse_kl(*(response_logp(m, wanted, response, mask) for m in (attacker, a_user))).mean() < 1e-3
+
+
+# --- The study ------------------------------------------------------------------------------------------------------------------
+
+def test_the_mean_over_seeds_by_hand():
+    """Values 1, 2, 3: mean 2, standard error 1 / sqrt(3), Student's t with 2 degrees of freedom 4.30."""
+    cell = mean_over_seeds([1.0, 2.0, 3.0])
+    assert cell["value"] == 2 and cell["half"] == pytest.approx(4.30 / math.sqrt(3)) and cell["n"] == 3
+    assert mean_over_seeds([0.5]) == {"value": 0.5, "n": 1}
+
+
+def test_contrasts_are_paired_seed_by_seed():
+    """OPCT is better by 0.1 in every seed, however much the seeds differ: the interval of the difference is a point."""
+    cells = [{"arms": {"sft": {"x": {"value": v}}, "soft-sft": {"x": {"value": v}}, "opct-sampled": {"x": {"value": v - 0.1}},
+                       "opct": {"x": {"value": v - 0.3}}}} for v in (0.4, 0.9, 0.5)]
+    for name, value in (("opct-sampled - sft", -0.1), ("opct - sft", -0.3), ("on-policy", -0.2), ("whole distribution", -0.1)):
+        cell = contrast(cells, "x", CONTRASTS[name])
+        assert (cell["value"], cell["half"]) == pytest.approx((value, 0), abs=1e-12)
+    assert contrast(cells, "y", CONTRASTS["on-policy"]) is None
+    assert all(sum(weights.values()) == 0 for weights in CONTRASTS.values())
+
+
+def test_verdicts():
+    cell = {"low": -0.05, "high": -0.01}
+    assert verdict(cell, -1, 0) == "confirmed" and verdict(cell, 1, 0) == "opposite"
+    assert verdict({"low": -0.05, "high": 0.01}, -1, 0) == "not confirmed"
+    assert verdict({"low": -0.01, "high": 0.05}, 1, 0.02) == "confirmed"                # as good as, with a margin
+    assert verdict({"value": -1}, -1, 0) == "not confirmed"                             # a single seed confirms nothing
+
+
+def test_the_learning_rate_is_chosen_by_the_criterion():
+    """The lowest failure is ruled out by what it costs, and of two equals the smaller rate is taken."""
+    capable = lambda value: {name: {"value": value} for name in ("capability_math", "capability_facts", "capability_instructions")}
+    run = lambda failure, math=0.9: {"mean_failure": {"value": failure}, **capable(0.9), "capability_math": {"value": math}}
+    val = {"base": run(0.3), **{f"{arm}@{rate}": cells for arm in ARMS for rate, cells in
+                                {"1e-3": run(0.0204), "3e-4": run(0.0201), "1e-4": run(0.025), "2e-3": run(0.001, math=0.8)}.items()}}
+    rates, scores = choose({"llama-0": {"val": val}})
+    assert set(rates) == set(ARMS) and set(rates.values()) == {"3e-4"}
+    assert scores["sft"]["2e-3"] == pytest.approx((0.001, 0.1))
+
+
+def test_the_study_at_its_smallest(tmp_path):
+    """`bash train.sh study smoke` in a copy of the repository; given again, it repeats no run."""
+    for name in ("data.py", "model.py", "opct.py", "eval.py", "train.sh"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    this_python_first = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    study = lambda: subprocess.run(["bash", "train.sh", "study", "smoke"], cwd=tmp_path, capture_output=True, text=True, env=this_python_first)
+    first = study()
+    assert first.returncode == 0, first.stderr
+    folder = tmp_path / "out/study-smoke"
+    done = (folder / "done").read_text().splitlines()
+    cell = json.loads((folder / "llama-0/results.json").read_text())["arms"]
+    assert set(cell) == {"base", *ARMS, "sft-clean", "opct-clean", "opct-shuffled", "teacher"}
+    assert set(cell["opct"]) == set(ORDER) and len(cell["opct"]["jailbreak_adaptive"]["curve"]) == 4
+    assert cell["opct-clean"]["drift_kl"]["value"] == 0     # student and teacher are the same function of the same prompt
+    assert cell["opct-shuffled"]["drift_kl"]["value"] > 0
+    results = json.loads((folder / "results.json").read_text())
+    assert set(results["cells"]) == {"llama-0"} and all(text in (folder / "results.md").read_text() for text in blocks(results).values())
+    assert "100 %" in first.stdout and len(done) == len(set(done))
+    again = study()
+    assert again.returncode == 0 and (folder / "done").read_text().splitlines() == done
+    assert json.loads((folder / "results.json").read_text())["cells"] == results["cells"]
+    (folder / "llama-0/results.json").unlink()              # an attack that was killed after its training is tried, not trained, again
+    attacked = folder / "llama-0/opct/attacker/attack.json"
+    before = attacked.read_text()
+    attacked.unlink()
+    command = next(line.split(" ", 1)[1] for line in done if "eval.py attack" in line and "/opct --base" in line)
+    once_more = subprocess.run(command.split(), cwd=tmp_path, capture_output=True, text=True, env=this_python_first)
+    assert "finished already" in once_more.stdout and attacked.read_text() == before
 
 
 def test_the_smoke_pipeline(tmp_path):
