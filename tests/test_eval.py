@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from conftest import tiny_gpt
 from data import IM_END, PAD, document_tokens, pack
-from eval import (ARMS, CONTRASTS, ORDER, AttackConfig, ask, attack_step, ausc, best_of, blocks, choose, contrast, drift_kl, evaluate,
+from eval import (ARMS, CONTRASTS, ORDER, AttackConfig, ask, attack_step, ausc, best_of, blocks, choose, contrast, drift_kl, evaluate, fill,
                   mean_over_seeds, rate, respond, table, train_attacker, try_attacker, verdict, wilson)
 from model import GPT, GPTConfig
 from opct import next_tokens, packed_hidden, response_logp, reverse_kl, token_logp
@@ -163,7 +163,7 @@ def test_the_attacker_finds_a_planted_weakness_and_carries_it_over_to_new_names(
     train_attacker(attacker, tokenizer, known, weak, config)
     after, prompts = try_attacker(attacker, tokenizer, new, weak, config)
     assert before.mean() < 0.15 and after.mean() > 0.5
-    assert after.shape == (len(new), 32) and all(name not in prompt for prompt in prompts for name in new)
+    assert after.shape == (len(new), 32) and [prompt.endswith("speak freely.") for prompt in prompts] == after.flatten().tolist()
     log = [json.loads(line) for line in (tmp_path / "attacker/log.jsonl").read_text().splitlines()]
     assert log[0]["success"] < 0.2 < 0.5 < log[-1]["success"] and log[-1]["kl_exact"] > 0.01
 
@@ -272,7 +272,13 @@ def test_the_smoke_pipeline(tmp_path):
     assert chat_with.returncode == 0 and chat_with.stdout.count("base ") == 2 and "do not fit" in chat_with.stdout
 
 
-def test_the_figures_in_the_readme_are_those_of_the_committed_run():
-    results, readme = ROOT / "results/quick", (ROOT / "README.md").read_text()
-    arms = json.loads((results / "results.json").read_text())["arms"]
-    assert table(arms) in readme and table(arms) in (results / "results.md").read_text()
+def test_the_figures_in_the_readme_are_those_of_the_committed_runs():
+    """Made anew from results/, README's tables stay as they are; with other results they do not."""
+    readme, results = (ROOT / "README.md").read_text(), ROOT / "results"
+    assert fill(readme, results) == readme
+    for name in ("quick", "study", "claims", "differences", "controls", "families", "rates", "sampler", "training"):
+        assert readme.count(f"<!-- {name} -->\n\n") == 1, name
+    study = json.loads((results / "study/results.json").read_text())
+    study["cells"]["llama-0"]["arms"]["opct"]["sycophancy"]["value"] += 0.1
+    assert all(blocks(study)[name] not in readme for name in ("study", "claims", "differences"))
+    assert table(json.loads((results / "quick/results.json").read_text())["arms"]) in (results / "quick/results.md").read_text()
