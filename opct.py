@@ -455,8 +455,9 @@ def consistency(config, stage):
     if config.control == "clean":                           # nothing to learn: what changes now, training itself changes
         records = [{**r, "wrapped": r["clean"]} for r in records]
     elif config.control == "shuffled":                      # nothing to be consistent with: what mends now, any training mends
-        others = seeded(config.seed, "shuffled")[0].sample(records, len(records))
-        records = [{**r, "clean": other["clean"]} for r, other in zip(records, others)]
+        ring = seeded(config.seed, "shuffled")[0].sample(range(len(records)), len(records))
+        for i, clean in zip(ring, [records[j]["clean"] for j in ring[1:] + ring[:1]]):  # each the prompt of the next in a random ring
+            records[i] = {**records[i], "clean": clean}
     clean, wrapped = ([ids for r in records for ids in [chat(tokenizer, r[form])] * config.samples] for form in ("clean", "wrapped"))
     room = student.config.max_position_embeddings - config.max_new_tokens
     for number, longest in enumerate((max(len(clean[i]), len(wrapped[i])) for i in range(0, len(clean), config.samples)), 1):

@@ -8,7 +8,7 @@
 #   bash train.sh cell FAMILY SEED [PRESET]   one cell of it, such as llama 0, with the learning rates that stand below
 #   bash train.sh test             the tests
 #
-# Given again, it goes on where it was stopped and skips what is done. Results go to out/PRESET/ and out/study-PRESET/.
+# Given again, it goes on where it was stopped and skips what is done. Results go to out/PRESET/, out/study-PRESET/ and out/cell-PRESET/.
 set -euo pipefail
 cd "$(dirname "$0")"
 die() { echo "error: $1" >&2; exit 2; }
@@ -55,13 +55,13 @@ case $preset in
            runs="--steps 60 --batch 32 --samples 4"
            sft=6e-4; soft_sft=1e-3; opct_sampled=3e-4; opct=1e-3
            attempts=64; attacker="--steps 24 --group 16 --attempts 64"
-           seeds="0 1 2 3 4"; more_seeds="0 1 2"; grid_seeds="0 1"; rates="3e-4 6e-4 1e-3 2e-3 4e-3" ;;
+           seeds="0 1 2 3 4"; more_seeds="0 1 2"; grid_seeds="0 1"; rates="1e-4 3e-4 6e-4 1e-3 2e-3 4e-3" ;;
     full)  world="--cities 240 --lands 32 --recipes 120 --things 120 --largest 99 --steps 4 --pairs 240 --tests 480"
            base="--steps 6000 --rows 128 --layers 8 --width 256 --lr 5e-3"
            runs="--steps 100 --batch 64 --samples 4"
            sft=6e-4; soft_sft=1e-3; opct_sampled=3e-4; opct=1e-3
            attempts=64; attacker="--steps 24 --group 16 --attempts 64"
-           seeds="0 1 2 3 4"; more_seeds="0 1 2"; grid_seeds="0 1"; rates="3e-4 6e-4 1e-3 2e-3 4e-3" ;;
+           seeds="0 1 2 3 4"; more_seeds="0 1 2"; grid_seeds="0 1"; rates="1e-4 3e-4 6e-4 1e-3 2e-3 4e-3" ;;
 esac
 
 # --- The stages, each a command that can be typed as well ---------------------------------------------------------------------
@@ -119,7 +119,6 @@ grid() { # seed: every arm at every learning rate, to choose from on the validat
     local names=""
     start
     for rate in $rates; do
-        sft=$rate soft_sft=$rate opct_sampled=$rate opct=$rate
         consistency grid/sft@$rate sft sampled $rate
         consistency grid/soft-sft@$rate sft exact $rate
         consistency grid/opct-sampled@$rate opct sampled $rate
@@ -139,7 +138,7 @@ if [ $job = main ]; then
     exit
 fi
 export OMP_NUM_THREADS=1
-study=out/study-$preset
+study=out/$job-$preset
 mkdir -p $study
 if [ $job = cell ]; then
     cell $2 $3
@@ -148,6 +147,7 @@ fi
 
 
 # The study. Every run has one processor to itself, so a figure does not depend on how many there are; on a GPU four share it.
+trap 'for pid in $(jobs -p); do pkill -P $pid; kill $pid; done; exit 143' TERM HUP     # who stops this script stops its runs
 side_by_side() { # runs each line of standard input, so many at once: a function of this file with its arguments
     local pids="" failed="" line pid
     while read -r line; do

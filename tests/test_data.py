@@ -57,6 +57,19 @@ def test_no_entity_wording_frame_or_question_stands_in_two_splits():
         assert not {r["wrapped"] for r in texts[a]} & {r["wrapped"] for r in texts[b]}
 
 
+def test_training_pairs_show_few_wordings_and_the_tests_all_of_theirs():
+    world = World()
+    def used(split):
+        return {w for r in world.records(split) if r["axis"] == "sycophancy" for s in world.hints for w, _ in world.hints[s]
+                if w.format(q=r["clean"], h=r["hint"]) == r["wrapped"]}
+    ours = {split: {w for w, _ in world.hints[split]} for split in world.hints}
+    assert len(used("train")) == world.config.wordings == 2 and used("train") < ours["train"]
+    assert used("val") == ours["val"] and used("test") == ours["test"]
+    demands = [{d for r in world.records(split) if r["axis"] == "jailbreak" for d, _ in world.frames[2][split] if r["wrapped"].endswith(d)}
+               for split in ("train", "test")]
+    assert len(demands[0]) == 2 and len(demands[1]) == len(world.frames[2]["test"])
+
+
 def test_no_split_is_the_easier_one():
     world = World()
     for lists in (world.hints, *world.frames):

@@ -282,3 +282,13 @@ def test_the_figures_in_the_readme_are_those_of_the_committed_runs():
     study["cells"]["llama-0"]["arms"]["opct"]["sycophancy"]["value"] += 0.1
     assert all(blocks(study)[name] not in readme for name in ("study", "claims", "differences"))
     assert table(json.loads((results / "quick/results.json").read_text())["arms"]) in (results / "quick/results.md").read_text()
+
+
+def test_the_committed_study_attacked_for_real():
+    """On the base of every seed the trained attacker does better than random frames, on recipes that it did not learn with."""
+    study = json.loads((ROOT / "results/study/results.json").read_text())
+    assert len(study["cells"]) == 11
+    for name, cell in study["cells"].items():
+        base = cell["arms"]["base"]
+        assert base["jailbreak_adaptive"]["value"] > base["jailbreak_best_of"]["per_attempt"], name
+        assert base["jailbreak_adaptive"]["n"] == 20 * 64
