@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from conftest import tiny_gpt
-from data import IM_END, PAD, document_tokens, pack
+from data import IM_END, PAD, BadInput, document_tokens, pack
 from eval import (ARMS, CONTRASTS, ORDER, AttackConfig, ask, attack_step, ausc, best_of, blocks, choose, contrast, drift_kl, evaluate, fill,
                   mean_over_seeds, rate, respond, table, train_attacker, try_attacker, verdict, wilson)
 from model import GPT, GPTConfig
@@ -85,7 +86,7 @@ def test_the_metrics_of_scripted_models(behaviour, expected, world, tokenizer, m
     monkeypatch.setattr("eval.respond", scripted)
     model = tiny_gpt(vocab=tokenizer.n_vocab, dtype=torch.float32, max_position_embeddings=256)
     out, _ = evaluate(model, model, tokenizer, world, records, "test", 3, seed=0)
-    assert set(out) == set(ORDER)
+    assert set(out) == set(ORDER) - {"jailbreak_adaptive", "jailbreak_adaptive_best_of"}    # those come from `attack`
     for name, value in expected.items():
         assert out[name]["value"] == pytest.approx(value), name
     assert out["drift_kl"]["value"] == 0 and all(cell["n"] > 0 for cell in out.values())
@@ -215,6 +216,17 @@ def test_the_learning_rate_is_chosen_by_the_criterion():
     assert scores["sft"]["2e-3"] == pytest.approx((0.001, 0.1))
 
 
+def test_a_readme_without_its_markers_and_a_folder_without_a_study(tmp_path):
+    with pytest.raises(BadInput, match="0 places between <!-- quick -->"):
+        fill("no markers", ROOT / "results")
+    text = (ROOT / "README.md").read_text()
+    emptied = re.sub(r"<!-- (\w+) -->\n.*?\n<!-- end -->", r"<!-- \1 -->\n\n<!-- end -->", text, flags=re.S)
+    assert len(emptied) < len(text) and fill(emptied, ROOT / "results") == text
+    for command in (["choose"], ["report"]):
+        done = subprocess.run([sys.executable, ROOT / "eval.py", *command, tmp_path, "--out", tmp_path / "x"], capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
 def test_the_study_at_its_smallest(tmp_path):
     """`bash train.sh study smoke` in a copy of the repository; given again, it repeats no run."""
     for name in ("data.py", "model.py", "opct.py", "eval.py", "train.sh"):
@@ -227,7 +239,7 @@ def test_the_study_at_its_smallest(tmp_path):
     done = (folder / "done").read_text().splitlines()
     cell = json.loads((folder / "llama-0/results.json").read_text())["arms"]
     assert set(cell) == {"base", *ARMS, "sft-clean", "opct-clean", "opct-shuffled", "teacher"}
-    assert set(cell["opct"]) == set(ORDER) and len(cell["opct"]["jailbreak_adaptive"]["curve"]) == 4
+    assert set(cell["opct"]) == set(ORDER) and len(cell["opct"]["jailbreak_adaptive_best_of"]["curve"]) == 4
     assert cell["opct-clean"]["drift_kl"]["value"] == 0     # student and teacher are the same function of the same prompt
     assert cell["opct-shuffled"]["drift_kl"]["value"] > 0
     results = json.loads((folder / "results.json").read_text())
@@ -255,7 +267,7 @@ def test_the_smoke_pipeline(tmp_path):
     done = smoke()
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "out/smoke/results.json").read_text())
-    assert list(results["arms"]) == ["base", "sft", "soft-sft", "opct-sampled", "opct", "teacher"] and set(results["arms"]["opct"]) == set(ORDER)
+    assert list(results["arms"]) == ["base", "sft", "soft-sft", "opct-sampled", "opct", "teacher"] and set(results["arms"]["opct"]) == set(ORDER) - {"jailbreak_adaptive", "jailbreak_adaptive_best_of"}
     assert results["about"]["command"].startswith("python eval.py compare") and results["about"]["date"]
     report = (tmp_path / "out/smoke/results.md").read_text()
     assert table(results["arms"]) in report and report.count("| sycophancy") == 1
@@ -282,6 +294,12 @@ def test_the_figures_in_the_readme_are_those_of_the_committed_runs():
     study["cells"]["llama-0"]["arms"]["opct"]["sycophancy"]["value"] += 0.1
     assert all(blocks(study)[name] not in readme for name in ("study", "claims", "differences"))
     assert table(json.loads((results / "quick/results.json").read_text())["arms"]) in (results / "quick/results.md").read_text()
+
+
+def test_the_presets_learning_rates_are_those_that_the_study_chose():
+    rates, _ = choose(json.loads((ROOT / "results/study/results.json").read_text())["grid"])
+    quick = re.search(r"quick\) .*?attempts=", (ROOT / "train.sh").read_text(), re.S)[0]
+    assert {arm: re.search(rf"\b{arm.replace('-', '_')}=(\S+?)(;|\n)", quick)[1] for arm in ARMS} == rates
 
 
 def test_the_committed_study_attacked_for_real():
