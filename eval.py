@@ -520,7 +520,8 @@ def blocks(study):
     main = families["llama"]
     arms = over_seeds(main)
     rates, scores = choose(study["grid"])
-    out = {"study": table({arm: arms[arm] for arm in SHOWN}, n="seeds"),
+    seed_0 = study["cells"]["llama-0"]["arms"]              # what the preset itself comes to, but for the rounding of more threads
+    out = {"seed_0": table({arm: seed_0[arm] for arm in SHOWN}, HEADLINE), "study": table({arm: arms[arm] for arm in SHOWN}, n="seeds"),
            "controls": table({arm: arms[arm] for arm in ("base", *CONTROLS, "teacher")}, HEADLINE, n="seeds"),
            "differences": markdown([["", "better", *CONTRASTS]] + [
                [name, "higher" if name.startswith(HIGHER) else "lower", *(cell_text(contrast(main, name, w), 4 if name == "drift_kl" else 3) for w in CONTRASTS.values())]
@@ -528,6 +529,12 @@ def blocks(study):
            "rates": markdown([["mean_failure (largest loss of a capability)", *scores["sft"]]] + [
                [arm, *(f"{'**' * (rate == rates[arm])}{failure:.3f}{'**' * (rate == rates[arm])} ({loss:+.3f})" for rate, (failure, loss) in scores[arm].items())]
                for arm in ARMS])}
+    attacks = [cell["attacks"] for cell in main]
+    out["attacks"] = markdown([["target", "told, first update", "told, last update", "the prompt that got most test recipes from it (first seed)"]] + [
+        [arm, *(f"{np.mean([of_arm[arm]['success'][at] for of_arm in attacks]):.3f}" for at in (0, -1)),
+         attacks[0][arm]["prompts"][0][0] if attacks[0][arm]["prompts"] else "none"] for arm in attacks[0]])
+    about = study["about"]
+    out["about"] = f"`{about['command']}`, {about['date']}, {about['machine']}, torch {about['torch']}."
     lines = [["", "claim", "figure", *(f"{family}, {len(cells)} seeds" for family, cells in families.items()), "verdict (llama)"]]
     for number, claim, metric, weights, sign, margin in CLAIMS:
         found = [contrast(cells, metric, weights) for cells in families.values()]
@@ -609,9 +616,9 @@ def learning_rates(args):
 
 def fill(text, results):
     """README with its tables made anew from the committed results.json: each stands between <!-- its name --> and <!-- end -->."""
-    read = lambda name: json.loads((Path(results) / name / "results.json").read_text())
+    study = json.loads((Path(results) / "study" / "results.json").read_text())
     bench = {name: (Path(results) / "bench" / f"{name}.md").read_text().strip() for name in ("sampler", "training")}
-    for name, block in {"quick": table(read("quick")["arms"], HEADLINE), **blocks(read("study")), **bench}.items():
+    for name, block in {**blocks(study), **bench}.items():
         text, found = re.subn(rf"<!-- {name} -->\n.*?\n<!-- end -->", lambda _: f"<!-- {name} -->\n\n{block}\n\n<!-- end -->", text, flags=re.S)
         if found != 1:
             raise BadInput(f"the text has {found} places between <!-- {name} --> and <!-- end -->, and wants one")
@@ -619,10 +626,10 @@ def fill(text, results):
 
 
 def report(args):
-    """Puts a study's cells together: results.json, results.md, main.png, details.png."""
+    """Puts a study's cells together: results.json, results.md, main.png, details.png, and the first cell's transcripts."""
     study, out = collect(args.study), Path(args.out)
-    if not any(name.startswith("llama") for name in study["cells"]):
-        raise BadInput(f"{args.study} holds no finished cell of the main family, llama: run `bash train.sh study`")
+    if "llama-0" not in study["cells"]:
+        raise BadInput(f"{args.study} lacks at least the cell llama-0: run `bash train.sh study`")
     about = next(iter(study["cells"].values()))["about"]
     study["about"] = {"command": f"bash train.sh study {Path(args.study).name.removeprefix('study-')}", **{name: about[name] for name in ("date", "machine", "torch", "attempts")}}
     tables = blocks(study)
@@ -630,6 +637,7 @@ def report(args):
     write_text(str(out / "results.md"), "\n\n".join(f"## {name}\n\n{text}" for name, text in tables.items()) + "\n\n" + "\n".join(f"{k}: {v}" for k, v in study["about"].items()) + "\n")
     main = [cell for name, cell in study["cells"].items() if name.startswith("llama")]
     arms = over_seeds(main)
+    write_text(str(out / "transcripts.md"), (Path(args.study) / "llama-0" / "results.md").read_text())
     figure({arm: arms[arm] for arm in SHOWN}, {arm: np.mean([cell["kl_exact"][arm] for cell in main], 0) for arm in ARMS}, out / "main.png")
     details(study, out / "details.png")
     print(f"{tables['study']}\n\n{tables['claims']}\n\nwritten to {out}: results.json, results.md and, with matplotlib, main.png and details.png")
