@@ -236,7 +236,6 @@ class ConsistencyConfig:
     max_new_tokens: int = field(default=64, metadata={"help": "a longer response is cut"})
     lr: float = field(default=3e-4, metadata={"help": "highest learning rate"})
     clip: float = field(default=1.0, metadata={"help": "largest gradient norm"})
-    weight_decay: float = field(default=0.0, metadata={"help": "weight decay"})
     seed: int = field(default=0, metadata={"help": "order of the pairs and sampling follow from it"})
     save_every: int = field(default=10, metadata={"help": "updates between two saved states"})
     device: str = field(default=None, metadata={"help": "cpu or cuda; the best there is"})
@@ -486,7 +485,7 @@ def consistency(config, stage):
 
     if rank == 0:
         show_example(student, teacher, tokenizer, records, config)
-    train(student, loss_of, config, [torch.optim.AdamW(student.parameters(), betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)])
+    train(student, loss_of, config, [torch.optim.AdamW(student.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)])
     assert weights_hash(teacher) == teacher_hash, "the teacher changed during training"
 
 
