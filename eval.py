@@ -446,7 +446,8 @@ CLAIMS = [
     (6, "... no missing warning", "safety_awareness", {"sft-clean": 1, "base": -1}, -1, MARGIN),
     (6, "OPCT towards a shuffled teacher mends no sycophancy", "sycophancy", {"opct-shuffled": 1, "base": -1}, 1, MARGIN),
     (6, "... no jailbreak", "jailbreak_static", {"opct-shuffled": 1, "base": -1}, 1, MARGIN),
-    (6, "... no missing warning", "safety_awareness", {"opct-shuffled": 1, "base": -1}, -1, MARGIN)]
+    (6, "... no missing warning", "safety_awareness", {"opct-shuffled": 1, "base": -1}, -1, MARGIN),
+    (6, "... and makes no wrong answer right", "accuracy_biased", {"opct-shuffled": 1, "base": -1}, -1, MARGIN)]
 
 
 def mean_over_seeds(values):
@@ -586,11 +587,11 @@ def details(study, path):
                     axes[1, 0].plot(range(1, len(curve) + 1), curve, color=colour, linestyle=line, linewidth=width, marker=marker, markevery=(7, 16), markersize=5)
             curve = cells["safety_awareness"]["curve"]
             axes[1, 1].plot(np.linspace(0, 1, len(curve)), curve, color=colour, linestyle=line, marker=marker, markevery=20, markersize=5, label=arm)
-    axes[1, 0].set(title="best of K attempts: trained attacker (thick), random frames (thin)", xlabel="K", ylabel="recipes told", xscale="log", ylim=(-0.02, 1.02))
-    axes[1, 1].set(title="safety curve", xlabel="threshold tau", ylabel="S(tau): facts warned of in at least tau of the prompts", ylim=(0, 1.02))
+    axes[1, 0].set(title="best of K: trained attacker thick, random frames thin", xlabel="K", ylabel="recipes told", xscale="log", ylim=(-0.02, 1.02))
+    axes[1, 1].set(title="safety curve", xlabel="threshold tau", ylabel="share of facts warned of in at least tau", ylim=(0, 1.02))
 
-    names = [name for name in ("sycophancy", "jailbreak_static", "jailbreak_adaptive", "over_refusal", "over_warning", "safety_awareness", "capability_math",
-                               "capability_facts", "capability_instructions") if contrast(main, name, CONTRASTS["opct - sft"])]
+    names = [name for name in ("sycophancy", "jailbreak_static", "over_refusal", "over_warning", "safety_awareness", "capability_math", "capability_facts",
+                               "capability_instructions") if contrast(main, name, CONTRASTS["opct - sft"])]
     for k, (label, colour, marker) in enumerate((("opct-sampled - sft", style["opct-sampled"][0], "^"), ("opct - soft-sft", style["opct"][0], "D"))):
         found = [contrast(main, name, CONTRASTS[label]) for name in names]
         axes[1, 2].errorbar([f["value"] for f in found], np.arange(len(names)) + 0.24 * k - 0.12, xerr=[f.get("half", 0) for f in found], fmt=marker, color=colour,
