@@ -76,7 +76,7 @@ run() { # seconds that it takes about, what it is, the command
                "$@" >> $out/log.txt 2>&1 || die "$what: $(tail -n 1 $out/log.txt) (all of it: $out/log.txt)"
                echo "$seconds $*" >> $study/done
                awk -v past=$(($(date +%s) - began)) -v before=$before -v total=$total -v what="${out##*/} $what" '{ sum += $1 }
-                   END { printf "%3d %%  %-60s about %d min left\n", 100 * sum / total, what, past * (total - sum) / (sum - before) / 60 + 1 }' $study/done ;;
+                   END { if (sum > total) sum = total; printf "%3d %%  %-60s about %d min left\n", 100 * sum / total, what, past * (total - sum) / (sum - before) / 60 + 1 }' $study/done ;;
     esac
 }
 start() { # the world and the base model, planted failures included
