@@ -600,7 +600,7 @@ def details(study, path):
     axes[1, 2].set_yticks(range(len(names)), names)
     axes[1, 2].invert_yaxis()
     axes[1, 2].set(title="paired differences over seeds, 95 % intervals")
-    axes[1, 2].legend(frameon=False)
+    axes[1, 2].legend(frameon=False, loc="upper right")
     for ax in axes.flat:
         ax.spines[["top", "right"]].set_visible(False)
     fig.legend(*axes[1, 1].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
