@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
-
 PREFILL_ROWS = 64           # rows that are prefilled at a time: enough for the matrices, few enough for the processor's cache
+LOOK_EVERY = {"cpu": 1, "cuda": 16}     # tokens between two looks at who has ended: on a GPU a look waits for all that is queued
 
 
 class CannotRun(Exception):
@@ -305,13 +305,16 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None, no
         token = sample(logits, temperature, noise[:, t])
         response[rows, t] = token
         ended = ended | (token == end)
-        going = (~ended).nonzero().squeeze(1)
-        if len(going) == 0 or t + 1 == max_new_tokens:
+        if t + 1 == max_new_tokens:
             break
-        # Leaving costs a copy of the cache, so rows leave an eighth of the batch at a time; until then they idle in it.
-        if len(going) <= len(rows) - len(rows) / 8:
-            rows, token, noise, padding, visible, ended = (x[going] for x in (rows, token, noise, padding, visible, ended))
-            cache.keep(going)
+        if (t + 1) % LOOK_EVERY.get(device.type, 1) == 0:
+            going = (~ended).nonzero().squeeze(1)
+            if len(going) == 0:
+                break
+            # Leaving costs a copy of the cache, so rows leave an eighth of the batch at a time; until then they idle in it.
+            if len(going) <= len(rows) - len(rows) / 8:
+                rows, token, noise, padding, visible, ended = (x[going] for x in (rows, token, noise, padding, visible, ended))
+                cache.keep(going)
         hidden = model.model(token[:, None], (P + t - padding)[:, None], visible[:, None, None, :P + t + 1], cache)
         logits = model.lm_head(hidden[:, -1])
 

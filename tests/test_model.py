@@ -7,7 +7,7 @@ import torch
 
 from conftest import tiny_gpt
 from data import pack
-from model import ARCHITECTURES, CannotRun, generate, load_checkpoint, rotate, sample, save_checkpoint
+from model import ARCHITECTURES, LOOK_EVERY, CannotRun, generate, load_checkpoint, rotate, sample, save_checkpoint
 from opct import pack_responses, packed_hidden, response_logp, token_logp
 
 FAMILIES = list(ARCHITECTURES)
@@ -92,6 +92,16 @@ def test_equal_prompts_are_prefilled_once_and_answered_as_if_they_were_not(monke
     assert together == apart
     monkeypatch.setattr("model.PREFILL_ROWS", 7)            # parts that cut through a group of equal prompts
     assert as_lists(*generate(model, prompts, 10, noise=noise)) == together
+
+
+def test_looking_seldom_at_who_has_ended_changes_no_response(monkeypatch):
+    """As on a GPU: rows that have ended idle until the next look, also past the end of all of them."""
+    model, prompts = tiny_gpt(vocab=7), prompts_of_many_lengths(100, 7)
+    args = dict(noise=torch.rand(100, 40, generator=torch.Generator().manual_seed(4)))
+    expected = as_lists(*generate(model, prompts, 40, **args))
+    for every in (7, 16, 100):
+        monkeypatch.setitem(LOOK_EVERY, "cpu", every)
+        assert as_lists(*generate(model, prompts, 40, **args)) == expected
 
 
 def test_what_lies_in_unwritten_memory_does_not_matter(monkeypatch):
