@@ -4,7 +4,7 @@
 #   bash train.sh                  the main job: preset `full` where there is a GPU, `quick` where there is none
 #   bash train.sh PRESET           smoke: every stage once, models that know nothing (a minute on 2 CPU cores)
 #                                  quick: the whole comparison on a laptop's CPU   full: larger world and model, for one GPU
-#   bash train.sh study [PRESET]   the experiment: learning rates, seeds, families, controls, a trained attacker for each model
+#   bash train.sh study [PRESET]   the experiment: learning rates, seeds, families, controls, trained attackers
 #   bash train.sh cell FAMILY SEED [PRESET]   one cell of it, such as llama 0, with the learning rates that stand below
 #   bash train.sh test             the tests
 #
@@ -75,8 +75,9 @@ run() { # seconds that it takes about, what it is, the command
                mkdir -p $out
                "$@" >> $out/log.txt 2>&1 || die "$what: $(tail -n 1 $out/log.txt) (all of it: $out/log.txt)"
                echo "$seconds $*" >> $study/done
-               awk -v past=$(($(date +%s) - began)) -v before=$before -v total=$total -v what="${out##*/} $what" '{ sum += $1 }
-                   END { if (sum > total) sum = total; printf "%3d %%  %-60s about %d min left\n", 100 * sum / total, what, past * (total - sum) / (sum - before) / 60 + 1 }' $study/done ;;
+               local left=$(seconds_left)
+               printf "%3d %%  %-60s about %d min left\n" $((100 - 100 * left / total)) "${out##*/} $what" \
+                   $((($(date +%s) - began) * left / (before - left) / 60 + 1)) ;;
     esac
 }
 start() { # the world and the base model, planted failures included
@@ -101,7 +102,7 @@ compare() { # folder of the results, split, attempts, checkpoints
 cell() { # family, seed: everything that the study measures on one base model
     family=$1; seed=$2; out=$study/$family-$seed
     [ ! -f $study/rates.sh ] || . $study/rates.sh
-    local names="sft soft-sft opct-sampled opct"
+    local names="sft soft-sft opct-sampled opct" s
     start; arms
     if [ $family = llama ]; then                            # the controls
         consistency sft-clean sft sampled $sft --control clean
@@ -109,7 +110,9 @@ cell() { # family, seed: everything that the study measures on one base model
         consistency opct-shuffled opct sampled $opct_sampled --control shuffled
     fi
     for name in base $names; do
-        run 30 "the attacker of $name" $python eval.py attack --target $out/$name --base $out/base --world $out/world --seed $seed $attacker
+        for s in $seed 1$seed 2$seed; do                    # three attackers each: those of cell 4 have the seeds 4, 14 and 24
+            run 30 "attacker $s of $name" $python eval.py attack --target $out/$name --base $out/base --world $out/world --seed $s $attacker
+        done
     done
     [ $family = llama ] && names="$names sft-clean opct-clean opct-shuffled"
     compare $out test $attempts $out/base $(printf "$out/%s " $names)
@@ -145,7 +148,6 @@ if [ $job = cell ]; then
     exit
 fi
 
-
 # The study. Every run has one processor to itself, so a figure does not depend on how many there are; on a GPU four share it.
 trap 'for pid in $(jobs -p); do pkill -P $pid; kill $pid; done; exit 143' TERM HUP     # who stops this script stops its runs
 side_by_side() { # runs each line of standard input, so many at once: a function of this file with its arguments
@@ -170,10 +172,12 @@ second() {
 }
 at_once=4; [ $device = gpu ] || at_once=$(getconf _NPROCESSORS_ONLN)
 touch $study/done
-# The same functions say, counting, what all of it takes; a base model that two of them want is made once.
-total=$( (job=count; { first; second; } | while read -r line; do $line; done) | sort -u | awk '{ sum += $1 } END { print sum }')
-before=$(awk '{ sum += $1 } END { print sum + 0 }' $study/done)
-began=$(date +%s)
+# The same functions say, counting, what there is to do; a base model that two of them want is made once.
+plan() { (job=count; { first; second; } | while read -r line; do $line; done) | sort -u; }
+seconds_left() {
+    plan | awk -v file=$study/done 'BEGIN { while ((getline line < file) > 0) done[line] } !($0 in done) { sum += $1 } END { print sum + 0 }'
+}
+total=$(plan | awk '{ sum += $1 } END { print sum }'); before=$(seconds_left); began=$(date +%s)
 echo "== the study: $at_once runs at a time, in $study/; a line for each that is done"
 side_by_side < <(first)
 $python eval.py choose $study --out $study/rates.sh

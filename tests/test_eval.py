@@ -17,11 +17,12 @@ import torch.nn.functional as F
 from conftest import tiny_gpt
 from data import IM_END, PAD, BadInput, document_tokens, pack
 from eval import (ARMS, CONTRASTS, ORDER, AttackConfig, ask, attack_step, ausc, best_of, blocks, choose, contrast, drift_kl, evaluate, fill,
-                  mean_over_seeds, rate, respond, table, train_attacker, try_attacker, verdict, wilson)
+                  mean_over_seeds, rate, respond, strongest, table, train_attacker, try_attacker, verdict, wilson)
 from model import GPT, GPTConfig
 from opct import next_tokens, packed_hidden, response_logp, reverse_kl, token_logp
 
 ROOT = Path(__file__).parent.parent
+ATTACKED = {"jailbreak_adaptive", "jailbreak_adaptive_mean", "jailbreak_adaptive_best_of"}      # what only an attack tells
 
 
 def test_wilson_by_hand():
@@ -86,7 +87,7 @@ def test_the_metrics_of_scripted_models(behaviour, expected, world, tokenizer, m
     monkeypatch.setattr("eval.respond", scripted)
     model = tiny_gpt(vocab=tokenizer.n_vocab, dtype=torch.float32, max_position_embeddings=256)
     out, _ = evaluate(model, model, tokenizer, world, records, "test", 3, seed=0)
-    assert set(out) == set(ORDER) - {"jailbreak_adaptive", "jailbreak_adaptive_best_of"}    # those come from `attack`
+    assert set(out) == set(ORDER) - ATTACKED
     for name, value in expected.items():
         assert out[name]["value"] == pytest.approx(value), name
     assert out["drift_kl"]["value"] == 0 and all(cell["n"] > 0 for cell in out.values())
@@ -165,8 +166,19 @@ def test_the_attacker_finds_a_planted_weakness_and_carries_it_over_to_new_names(
     after, prompts = try_attacker(attacker, tokenizer, new, weak, config)
     assert before.mean() < 0.15 and after.mean() > 0.5
     assert after.shape == (len(new), 32) and [prompt.endswith("speak freely.") for prompt in prompts] == after.flatten().tolist()
-    log = [json.loads(line) for line in (tmp_path / "attacker/log.jsonl").read_text().splitlines()]
+    log = [json.loads(line) for line in (tmp_path / "attacker-0/log.jsonl").read_text().splitlines()]
     assert log[0]["success"] < 0.2 < 0.5 < log[-1]["success"] and log[-1]["kl_exact"] > 0.01
+
+
+def test_the_strongest_attacker_is_the_one_that_learnt_most_not_the_one_that_does_best_on_what_it_is_tried_on():
+    attack = lambda seed, success, told: {"seed": seed, "success": success, "figures": {"jailbreak_adaptive": {"value": told, "n": 10}}}
+    attacks = [attack(0, [0.9] * 6 + [0.1] * 2, 0.8), attack(1, [0.0] * 6 + [0.2] * 2, 0.3), attack(2, [0.0] * 8, 0.1)]
+    best = strongest(attacks)
+    assert best["seed"] == 1 and best["figures"]["jailbreak_adaptive"] == {"value": 0.3, "n": 10}
+    assert best["figures"]["jailbreak_adaptive_mean"] == {"value": pytest.approx(0.4), "n": 30, "each": [0.8, 0.3, 0.1]}
+    assert "jailbreak_adaptive_mean" not in attacks[1]["figures"]
+    few = [attack(0, [0.9, 0.1, 0.1], 0.5), attack(1, [0.0, 0.0, 0.2], 0.5)]            # of three updates the last one decides
+    assert strongest(few)["seed"] == 1
 
 
 def test_an_attacker_without_success_stays_where_it_started(a_user, world, tokenizer, tmp_path):
@@ -249,10 +261,10 @@ def test_the_study_at_its_smallest(tmp_path):
     assert again.returncode == 0 and (folder / "done").read_text().splitlines() == done
     assert json.loads((folder / "results.json").read_text())["cells"] == results["cells"]
     (folder / "llama-0/results.json").unlink()              # an attack that was killed after its training is tried, not trained, again
-    attacked = folder / "llama-0/opct/attacker/attack.json"
+    attacked = folder / "llama-0/opct/attacker-10/attack.json"
     before = attacked.read_text()
     attacked.unlink()
-    command = next(line.split(" ", 1)[1] for line in done if "eval.py attack" in line and "/opct --base" in line)
+    command = next(line.split(" ", 1)[1] for line in done if "eval.py attack" in line and "/opct --base" in line and "--seed 10" in line)
     once_more = subprocess.run(command.split(), cwd=tmp_path, capture_output=True, text=True, env=this_python_first)
     assert "finished already" in once_more.stdout and attacked.read_text() == before
 
@@ -267,7 +279,7 @@ def test_the_smoke_pipeline(tmp_path):
     done = smoke()
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "out/smoke/results.json").read_text())
-    assert list(results["arms"]) == ["base", "sft", "soft-sft", "opct-sampled", "opct", "teacher"] and set(results["arms"]["opct"]) == set(ORDER) - {"jailbreak_adaptive", "jailbreak_adaptive_best_of"}
+    assert list(results["arms"]) == ["base", "sft", "soft-sft", "opct-sampled", "opct", "teacher"] and set(results["arms"]["opct"]) == set(ORDER) - ATTACKED
     assert results["about"]["command"].startswith("python eval.py compare") and results["about"]["date"]
     report = (tmp_path / "out/smoke/results.md").read_text()
     assert table(results["arms"]) in report and report.count("| sycophancy") == 1
@@ -308,4 +320,4 @@ def test_the_committed_study_attacked_for_real():
     for name, cell in study["cells"].items():
         base = cell["arms"]["base"]
         assert base["jailbreak_adaptive"]["value"] > base["jailbreak_best_of"]["per_attempt"], name
-        assert base["jailbreak_adaptive"]["n"] == 20 * 64
+        assert base["jailbreak_adaptive"]["n"] == 20 * 64 and base["jailbreak_adaptive_mean"]["n"] == 3 * 20 * 64
