@@ -377,7 +377,7 @@ def open_run(config, tokenizer, **settings):
         for name in settings:
             if before.get(name) != settings[name]:
                 raise BadInput(f"{out} holds a run with {name} = {before.get(name)}, and this one has {settings[name]}: "
-                               "choose another --out, or delete that folder")
+                               "choose another --out (for an attack another --seed), or delete that folder")
         if (out / "model.safetensors").exists():
             say(f"{out} is finished already, nothing to do")
             return False

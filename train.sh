@@ -77,7 +77,7 @@ run() { # seconds that it takes about, what it is, the command
                echo "$seconds $*" >> $study/done
                local left=$(seconds_left)
                printf "%3d %%  %-60s about %d min left\n" $((100 - 100 * left / total)) "${out##*/} $what" \
-                   $((($(date +%s) - began) * left / (before - left) / 60 + 1)) ;;
+                   $((($(date +%s) - began) * left / (before > left ? before - left : 1) / 60 + 1)) ;;
     esac
 }
 start() { # the world and the base model, planted failures included

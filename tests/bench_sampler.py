@@ -24,6 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from model import GPT, GPTConfig, KVCache, generate, pick_device, save_checkpoint
+from opct import keep_memory
 
 try:
     import transformers
@@ -99,6 +100,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device")
     args = parser.parse_args()
+    keep_memory()                                           # as every command does; it serves all three alike
     device, rng = pick_device(args.device), random.Random(0)
     torch.manual_seed(0)
     # The shape of the quick preset. The end token is out of the vocabulary, so that every row writes all tokens.

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from conftest import tiny_gpt
 from data import IM_END, PAD, BadInput, document_tokens, pack
-from eval import (ARMS, CONTRASTS, ORDER, AttackConfig, ask, attack_step, ausc, best_of, blocks, choose, contrast, drift_kl, evaluate, fill,
+from eval import (ARMS, CONTRASTS, ORDER, AttackConfig, ask, attack_step, attacks_on, ausc, best_of, blocks, choose, contrast, drift_kl, evaluate, fill,
                   mean_over_seeds, rate, respond, strongest, table, train_attacker, try_attacker, verdict, wilson)
 from model import GPT, GPTConfig
 from opct import next_tokens, packed_hidden, response_logp, reverse_kl, token_logp
@@ -181,6 +181,14 @@ def test_the_strongest_attacker_is_the_one_that_learnt_most_not_the_one_that_doe
     assert strongest(few)["seed"] == 1
 
 
+def test_an_attack_on_a_checkpoint_that_stood_there_before_does_not_count(tmp_path):
+    for seed, weights in ((0, "new"), (1, "old"), (2, "new")):
+        (tmp_path / f"attacker-{seed}").mkdir()
+        (tmp_path / f"attacker-{seed}/attack.json").write_text(json.dumps({"weights": weights, "seed": seed}))
+    (tmp_path / "attacker-3").mkdir()                       # one that is still learning
+    assert [attack["seed"] for attack in attacks_on(tmp_path, "new")] == [0, 2]
+
+
 def test_an_attacker_without_success_stays_where_it_started(a_user, world, tokenizer, tmp_path):
     attacker = copy.deepcopy(a_user)
     never = lambda names, prompts, seed: [False] * len(names)
@@ -232,7 +240,7 @@ def test_a_readme_without_its_markers_and_a_folder_without_a_study(tmp_path):
     with pytest.raises(BadInput, match="0 places between <!-- seed_0 -->"):
         fill("no markers", ROOT / "results")
     text = (ROOT / "README.md").read_text()
-    emptied = re.sub(r"<!-- (\w+) -->\n.*?\n<!-- end -->", r"<!-- \1 -->\n\n<!-- end -->", text, flags=re.S)
+    emptied = re.sub(r"<!-- (\w+) -->\n.*?\n<!-- end -->", r"<!-- \1 -->\n<!-- end -->", text, flags=re.S)
     assert len(emptied) < len(text) and fill(emptied, ROOT / "results") == text
     for command in (["choose"], ["report"]):
         done = subprocess.run([sys.executable, ROOT / "eval.py", *command, tmp_path, "--out", tmp_path / "x"], capture_output=True, text=True)
@@ -267,6 +275,10 @@ def test_the_study_at_its_smallest(tmp_path):
     command = next(line.split(" ", 1)[1] for line in done if "eval.py attack" in line and "/opct --base" in line and "--seed 10" in line)
     once_more = subprocess.run(command.split(), cwd=tmp_path, capture_output=True, text=True, env=this_python_first)
     assert "finished already" in once_more.stdout and attacked.read_text() == before
+    attacked.unlink()                                       # a target with fewer attackers than the others would look better than it is
+    command = next(line.split(" ", 1)[1] for line in done if "eval.py compare" in line and "/grid/" not in line)
+    unequal = subprocess.run(command.split(), cwd=tmp_path, capture_output=True, text=True, env=this_python_first)
+    assert unequal.returncode == 2 and "opct: 2 attackers with [" in unequal.stderr and unequal.stderr.count("\n") == 1
 
 
 def test_the_smoke_pipeline(tmp_path):
@@ -300,7 +312,7 @@ def test_the_figures_in_the_readme_are_those_of_the_committed_runs():
     """Made anew from results/, README's tables stay as they are; with other results they do not."""
     readme, results = (ROOT / "README.md").read_text(), ROOT / "results"
     assert fill(readme, results) == readme
-    for name in ("seed_0", "study", "claims", "differences", "controls", "families", "attacks", "about", "rates", "sampler", "training"):
+    for name in ("seed_0", "study", "claims", "differences", "controls", "families", "attacks", "about", "rates", "drift", "sampler", "training"):
         assert readme.count(f"<!-- {name} -->\n\n") == 1, name
     study = json.loads((results / "study/results.json").read_text())
     study["cells"]["llama-0"]["arms"]["opct"]["sycophancy"]["value"] += 0.1
