@@ -541,6 +541,8 @@ def main():
         pretrain(PretrainConfig(**args))
     else:
         consistency(ConsistencyConfig(**args), stage)
+    if processes()[1] > 1:
+        distributed.destroy_process_group()                 # or its threads may abort the process as it ends
 
 
 if __name__ == "__main__":
