@@ -542,7 +542,9 @@ def main():
     else:
         consistency(ConsistencyConfig(**args), stage)
     if processes()[1] > 1:
-        distributed.destroy_process_group()                 # or its threads may abort the process as it ends
+        distributed.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)         # all is written; at an ordinary end a thread of gloo's now and then aborts the finished process
 
 
 if __name__ == "__main__":
