@@ -358,6 +358,7 @@ def figure(arms, kl, path):
                   "right\nhints": ("accuracy_right_hint", 0), "harmless\nrequests": ("over_refusal", 1), "no needless\nwarning": ("over_warning", 1)}}
     fig, axes = plt.subplots(1, 3, figsize=(15, 4.6), width_ratios=(5, 6, 3), layout="constrained")
     for ax, (title, bars) in zip(axes, panels.items()):
+        bars = {label: bar for label, bar in bars.items() if any(bar[0] in cells for cells in arms.values())}   # no bar is not zero
         for k, (arm, cells) in enumerate(arms.items()):
             x = np.arange(len(bars)) + (k - (len(arms) - 1) / 2) * 0.8 / len(arms)
             figures = [(cells.get(name, {"value": math.nan}), flip) for name, flip in bars.values()]
