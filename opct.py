@@ -191,12 +191,13 @@ def opct_step(student, teacher, pairs, config):
     logp_student = response_logp(student, pairs.wrapped, response, mask)                # (N, V)
     with torch.no_grad():
         logp_teacher = response_logp(teacher, pairs.clean, response, mask)              # (N, V)
+    kl = reverse_kl(logp_student, logp_teacher)                                         # (N,)
     if config.objective == "exact":
-        loss = reverse_kl(logp_student, logp_teacher)
+        loss = kl
     else:
         own, others = (token_logp(logp, response, mask) for logp in (logp_student, logp_teacher))   # (B, T)
         loss = policy_gradient(own, own.detach(), advantage(own, others, mask, config.gamma))
-    return loss.sum() / len(response), {"kl_exact": reverse_kl(logp_student.detach(), logp_teacher).sum(), "tokens": mask.sum()}
+    return loss.sum() / len(response), {"kl_exact": kl.detach().sum(), "tokens": mask.sum()}
 
 
 # --- Training --------------------------------------------------------------------------------------------------------------------
