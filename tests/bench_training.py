@@ -179,6 +179,14 @@ def main():
     speed, flops = whole_step(world, tokenizer, device), matrix_flops(GPTConfig(vocab_size=tokenizer.n_vocab), 1)
     print(f"pretraining, the complete step of the quick preset: {speed:,.0f} tokens/s; the matrices alone do {speed * flops / 1e9:.0f} GFLOP/s, "
           f"{speed * flops / rates[0]:.2f} of the matrix rate")
+    try:
+        student.model.compile()
+        first = timed(pretrain_step, device)                # compiles
+        saved = seconds - min(timed(pretrain_step, device) for _ in range(20))
+        print(f"torch.compile, not used: it takes {first:.0f} s and saves {saved * 1e3:.0f} ms a step, "
+              f"{saved * PretrainConfig.steps:.0f} s in the {PretrainConfig.steps:,} steps of the quick preset")
+    except RuntimeError as error:
+        print(f"torch.compile, not used: it does not run here ({str(error).splitlines()[0]})")
 
     if args.base:
         try:
