@@ -541,8 +541,10 @@ def main():
     add_flags(parser, WorldConfig)
     args = vars(parser.parse_args())
     out = args.pop("out")
-    if args["steps"] < 2 or min(args["cities"], args["recipes"], args["things"]) < 6 or min(args["lands"], args["animals"]) < 2 or args["ingredients"] < 3:
-        raise BadInput("a world wants --steps from 2, --cities, --recipes and --things from 6, --lands and --animals from 2, --ingredients from 3")
+    least = {"steps": 2, "cities": 6, "recipes": 6, "things": 6, "lands": 2, "animals": 2, "ingredients": 3}
+    for name, number in least.items():
+        if args[name] < number:
+            raise BadInput(f"--{name} {args[name]}: a world wants at least {number}")
     world = World(WorldConfig(**args))
     tokenizer = world_tokenizer(world)
     if out:

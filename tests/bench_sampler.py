@@ -33,6 +33,13 @@ except ImportError:
     transformers = None
 
 
+def headline(device, rates):
+    """What was run, when and on what; the rates that ratios are to."""
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    return (f"`python {shlex.join(sys.argv)}`, {date.today()}, torch {torch.__version__}, {machine}: "
+            f"{rates[0] / 1e9:,.0f} GFLOP/s float32, {rates[1] / 1e9:,.1f} GB/s")
+
+
 def timed(function, device):
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -63,11 +70,17 @@ def machine_rates(device):
     return 2 * n ** 3 / matrix, 2 * big.numel() * 4 / copy
 
 
+def matrix_weights(config):
+    """How many weights the matrices of the layers have, and how many the output layer has."""
+    c = config
+    heads = c.num_attention_heads + c.num_key_value_heads   # queries and output; keys and values
+    return c.num_hidden_layers * c.hidden_size * (2 * c.head_dim * heads + 3 * c.intermediate_size), c.hidden_size * c.vocab_size
+
+
 def floor_seconds(config, batch, prompt, new, rates):
     """The least time that `new` decode steps and the prefill can take."""
     c = config
-    weights = c.num_hidden_layers * c.hidden_size * (c.head_dim * (2 * c.num_attention_heads + 2 * c.num_key_value_heads) + 3 * c.intermediate_size)
-    head = c.hidden_size * c.vocab_size
+    weights, head = matrix_weights(c)
     cache_bytes = 4 * batch * 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
     total = 2 * batch * prompt * weights / rates[0]         # prefill: arithmetic
     for t in range(new):
@@ -112,10 +125,9 @@ def main():
             save_checkpoint(model, folder)
             theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
     rates = machine_rates(device)
-    print(f"`python {shlex.join(sys.argv)}`, {date.today()}, torch {torch.__version__}, {torch.cuda.get_device_name() if device.type == 'cuda' else f'{torch.get_num_threads()} CPU threads'}: "
-          f"{rates[0] / 1e9:,.0f} GFLOP/s float32, {rates[1] / 1e9:,.1f} GB/s; {args.new} new tokens, prompts of 8 to 40\n")
-    print("| batch | ours, tokens/s | naive, tokens/s | transformers, tokens/s | ours / naive | ours / transformers | floor / ours | peak MB of the process |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(f"{headline(device, rates)}; {args.new} new tokens, prompts of 8 to 40\n")
+    print("| batch | ours, tokens/s | naive, tokens/s | transformers, tokens/s | ours / naive | ours / transformers | floor / ours "
+          "| peak MB of the process |\n|---|---|---|---|---|---|---|---|")
     for batch in args.batches:
         prompts = random_prompts(rng, batch)
         longest = max(map(len, prompts))
@@ -125,8 +137,9 @@ def main():
         if batch <= 512:
             ways["naive"] = lambda: naive(model, prompts, args.new)
         if theirs:
-            ways["transformers"] = lambda: theirs.generate(padded, attention_mask=attend, max_new_tokens=args.new, min_new_tokens=args.new,
-                                                           do_sample=True, top_k=0, top_p=1.0, temperature=1.0, pad_token_id=0, eos_token_id=None)
+            ways["transformers"] = lambda: theirs.generate(
+                padded, attention_mask=attend, max_new_tokens=args.new, min_new_tokens=args.new, do_sample=True, top_k=0, top_p=1.0,
+                temperature=1.0, pad_token_id=0, eos_token_id=None)
         best = {name: float("inf") for name in ways}
         for _ in range(args.rounds if batch <= 512 else 1):  # a large batch is its own average
             for name, way in ways.items():                  # in alternation, so that a slow minute hits all alike
@@ -134,7 +147,9 @@ def main():
         tokens = batch * args.new
         speed = {name: tokens / seconds for name, seconds in best.items()}
         floor = floor_seconds(config, batch, sum(map(len, prompts)) / batch, args.new, rates)
-        peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated()
         cell = lambda name: f"{speed[name]:,.0f}" if name in speed else "-"
         ratio = lambda name: f"{speed['ours'] / speed[name]:.1f}" if name in speed else "-"
         print(f"| {batch} | {cell('ours')} | {cell('naive')} | {cell('transformers')} | {ratio('naive')} | {ratio('transformers')} | "
