@@ -295,6 +295,15 @@ def attacks_on(folder, weights):
     return [attack for attack in found if attack["weights"] == weights]
 
 
+def same_means(found):
+    """Refuses to compare, or to average, attacks that are not as many and with as many queries: name -> its attacks."""
+    queries = {name: [tuple(attack["queries"].values()) for attack in attacks] for name, attacks in found.items()}
+    if len({each for of_name in queries.values() for each in of_name}) > 1 or len(set(map(len, queries.values()))) > 1:
+        listed = ", ".join(f"{name}: {len(of_name)} attackers with {sorted(set(of_name))}" for name, of_name in queries.items())
+        raise BadInput(f"not attacked with the same number of attackers and (train, test) queries ({listed}): "
+                       "run the missing attacks, or delete the attacker-* folders that are not to count")
+
+
 def strongest(attacks):
     """Whether an attacker finds a hole is a matter of luck, so several try. The strongest is the one that its target told most
     in the last quarter of its training: on the recipes that it learnt with, not on those that it is tried on."""
@@ -433,12 +442,7 @@ def compare(args):
                        + ", ".join(names))
     found = {name: attacks_on(folder, weights) for name, folder, weights in zip(names, args.checkpoints, hashes)}
     found = {name: attacks for name, attacks in found.items() if attacks and args.split == "test"}      # what they are tried on
-    means = {name: f"{len(attacks)} attackers with {sorted({tuple(a['queries'].values()) for a in attacks})} queries"
-             for name, attacks in found.items()}
-    if len(set(means.values())) > 1:
-        raise BadInput("the checkpoints were not attacked with the same means "
-                       f"({', '.join(f'{name}: {text}' for name, text in means.items())}): "
-                       "run the missing attacks, or delete the attacker-* folders that are not to count")
+    same_means(found)
     attacks = {name: strongest(attacks) for name, attacks in found.items()}
     base, arms, kl, responses = load_checkpoint(args.checkpoints[0], device), {}, {}, {}
     for form, folder in [("wrapped", f) for f in args.checkpoints] + [("clean", args.checkpoints[0])]:

@@ -132,12 +132,15 @@ grid() { # seed: every arm at every learning rate, to choose from on the validat
     compare $out/grid/test test 1 $out/base $(printf "$out/grid/%s " $names)
 }
 
+took() { echo; echo "== done in $((SECONDS / 60)) min $((SECONDS % 60)) s"; }
+
 # --- The jobs ---------------------------------------------------------------------------------------------------------------------
 
 if [ $job = main ]; then
     family=llama; seed=0; out=out/$preset
     start; arms
     compare $out test $attempts $out/{base,sft,soft-sft,opct-sampled,opct}
+    took
     exit
 fi
 export OMP_NUM_THREADS=1
@@ -145,6 +148,7 @@ study=out/$job-$preset
 mkdir -p $study
 if [ $job = cell ]; then
     cell $2 $3
+    took
     exit
 fi
 
@@ -183,3 +187,4 @@ side_by_side < <(first)
 $python eval.py choose $study --out $study/rates.sh
 side_by_side < <(second)
 $python eval.py report $study --out $study
+took

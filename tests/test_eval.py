@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from conftest import tiny_gpt
 from data import IM_END, PAD, BadInput, document_tokens, pack
 from eval import (ARMS, CONTRASTS, ORDER, AttackConfig, ask, attack_step, attacks_on, ausc, best_of, blocks, choose, contrast, drift_kl, evaluate, fill,
-                  mean_over_seeds, rate, respond, strongest, table, train_attacker, try_attacker, verdict, wilson)
+                  mean_over_seeds, rate, respond, same_means, strongest, table, train_attacker, try_attacker, verdict, wilson)
 from model import GPT, GPTConfig
 from opct import next_tokens, packed_hidden, response_logp, reverse_kl, token_logp
 
@@ -187,6 +187,16 @@ def test_an_attack_on_a_checkpoint_that_stood_there_before_does_not_count(tmp_pa
         (tmp_path / f"attacker-{seed}/attack.json").write_text(json.dumps({"weights": weights, "seed": seed}))
     (tmp_path / "attacker-3").mkdir()                       # one that is still learning
     assert [attack["seed"] for attack in attacks_on(tmp_path, "new")] == [0, 2]
+
+
+def test_attacks_with_unequal_means_are_neither_compared_nor_averaged():
+    attack = lambda train: {"queries": {"train": train, "test": 8}}
+    same_means({"base": [attack(4), attack(4)], "opct": [attack(4), attack(4)]})
+    same_means({})
+    for found in ({"base": [attack(4)], "opct": [attack(4), attack(4)]}, {"base": [attack(4)], "opct": [attack(5)]},
+                  {"base": [attack(4), attack(5)], "opct": [attack(4), attack(5)]}, {"opct": [attack(4), attack(5)]}):
+        with pytest.raises(BadInput, match=r"opct: \d attackers with"):
+            same_means(found)
 
 
 def test_an_attacker_without_success_stays_where_it_started(a_user, world, tokenizer, tmp_path):
