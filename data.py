@@ -541,7 +541,7 @@ def main():
     add_flags(parser, WorldConfig)
     args = vars(parser.parse_args())
     out = args.pop("out")
-    least = {"steps": 2, "cities": 6, "recipes": 6, "things": 6, "lands": 2, "animals": 2, "ingredients": 3}
+    least = {"steps": 2, "cities": 6, "recipes": 6, "things": 6, "lands": 2, "animals": 2, "ingredients": 3, "largest": 3}
     for name, number in least.items():
         if args[name] < number:
             raise BadInput(f"--{name} {args[name]}: a world wants at least {number}")

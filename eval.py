@@ -745,7 +745,8 @@ def report(args):
 def talk(args):
     """Reads prompts from the keyboard (or a pipe) until the end of input."""
     device = pick_device(args.device)
-    models = {Path(f).name: (load_checkpoint(f, device), load_tokenizer(f)) for f in args.checkpoints}
+    models = {folder: (load_checkpoint(folder, device), load_tokenizer(folder)) for folder in args.checkpoints}
+    width = max(map(len, models))
     print("Type a prompt such as `what is 7 + 5 - 3? i think 8.`; an empty line ends.")
     for turn in range(sys.maxsize):
         try:
@@ -756,9 +757,9 @@ def talk(args):
             break
         for name, (model, tokenizer) in models.items():
             try:
-                print(f"  {name:12} {respond(model, tokenizer, [prompt], (args.seed, turn), args.temperature)[0]}")
+                print(f"  {name:{width}}  {respond(model, tokenizer, [prompt], (args.seed, turn), args.temperature)[0]}")
             except ValueError as error:                     # too long for the context: say so and go on
-                print(f"  {name:12} {error}")
+                print(f"  {name:{width}}  {error}")
 
 
 def main():

@@ -5,7 +5,7 @@ A small GPT of the Llama shape: the model, its KV cache, the sampler, checkpoint
 
 RMSNorm (1910.07467), rotary positions (2104.09864), SwiGLU (2002.05202), grouped-query attention (2305.13245). Config
 fields, modules and tensors carry the names of Hugging Face's `LlamaForCausalLM`, so `transformers` opens a checkpoint
-of ours as it is, and later we open theirs. Two booleans make the other families: Qwen2 adds a bias to the query, key and
+of ours as it is, and `load_checkpoint` one of theirs. Two booleans make the other families: Qwen2 adds a bias to the query, key and
 value projections, Qwen3 a norm to each query and key head. No dropout: the teacher must be the same function every time.
 
 B batch, T tokens, S keys, V vocabulary, C hidden size, H query heads, K key/value heads, D head size.
@@ -248,7 +248,7 @@ def sample(logits, temperature, noise):
     return torch.searchsorted(cdf, noise[:, None] * cdf[:, -1:], right=True).squeeze(1).clamp_(max=logits.shape[-1] - 1)
 
 
-def prefill(model, prompts, size):
+def prefill(model, prompts, size, pad):
     """Runs the model over prompts in the order of their lengths, for `generate`, some rows at a time, so that short prompts are
     not padded to the longest of all, and equal ones among them only once.
 
@@ -263,7 +263,7 @@ def prefill(model, prompts, size):
         distinct = {p: i for i, p in enumerate(dict.fromkeys(some))}                    # prompt -> its row, b of them
         source = torch.tensor([distinct[p] for p in some], device=device)
         width = len(some[-1])
-        idx = torch.tensor([(config.pad_token_id,) * (width - len(p)) + p for p in distinct], device=device)    # (b, width)
+        idx = torch.tensor([(pad,) * (width - len(p)) + p for p in distinct], device=device)            # (b, width)
         column = torch.arange(width, device=device)
         positions = column - torch.tensor([[width - len(p)] for p in distinct], device=device)          # under 0: padding
         sees = (positions[:, None] >= 0) & (column <= column[:, None])                  # (b, width, width): causal
@@ -299,14 +299,15 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None, no
         raise ValueError(f"a prompt of {P} tokens and {max_new_tokens} new ones do not fit into the context of "
                          f"{config.max_position_embeddings}: shorten the prompt, or ask for fewer new tokens")
     end = -1 if config.eos_token_id is None else config.eos_token_id                    # -1: no token ends a response
+    pad = config.pad_token_id or 0                                                      # masked, so any id will do
     order = sorted(range(B), key=lambda i: (len(prompts[i]), prompts[i]))
     rows = torch.tensor(order, device=device)
     noise = (torch.rand(B, max_new_tokens, generator=generator) if noise is None else noise).to(device)[rows]
     response = torch.full((B, max_new_tokens), end, device=device)
 
     # Decode. `rows` are the responses still in the batch; the other tensors here, and the cache, hold just these.
-    with torch.inference_mode():                # no_grad, and less to do at each operation: a sixth of the time of a single row
-        cache, logits = prefill(model, [prompts[i] for i in order], P + max_new_tokens)
+    with torch.inference_mode():                # no_grad, and less to do at each operation: saves a single row a sixth of its time
+        cache, logits = prefill(model, [prompts[i] for i in order], P + max_new_tokens, pad)
         padding = torch.tensor([P - len(prompts[i]) for i in order], device=device)
         visible = torch.arange(P + max_new_tokens, device=device) >= padding[:, None]   # (B, S): not padding
         ended = torch.zeros(B, dtype=torch.bool, device=device)
@@ -331,7 +332,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None, no
     response = response[:, :t + 1]
     is_end = response == end
     mask = is_end.cumsum(1) - is_end.long() == 0                                        # no end before this token
-    return response.masked_fill(~mask, config.pad_token_id), mask
+    return response.masked_fill(~mask, pad), mask
 
 
 # --- Checkpoints: a folder with config.json and model.safetensors (and the tokenizer, which `data.py` writes) ---------------
@@ -412,4 +413,6 @@ def pick_device(name=None):
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise CannotRun("--device cuda: no CUDA device is to be seen here; leave the flag out to run on the CPU")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise CannotRun(f"{device} is not there, of {torch.cuda.device_count()}: one process for each, or --device cpu")
     return device

@@ -19,8 +19,8 @@ One update of OPCT, in `opct_step` and `train`:
     5. one step of the optimizer. There are no rewards, no labels, no critic and no second update on the same samples.
 
 Both objectives come in two kinds: on the token that was sampled, as in the paper and in plain SFT, or on the whole
-distribution, which costs nothing more here and has less variance. `sft_step` and `opct_step` differ only in whose
-response is trained on and in which loss.
+distribution, which has less variance and for OPCT costs nothing more here. `sft_step` and `opct_step` differ only in
+whose response is trained on and in which loss.
 
     python opct.py pretrain --world W --out BASE          the base model, planted failures included
     python opct.py sft  --base BASE --pairs W/train.jsonl --out RUN [--objective sampled|exact]
@@ -64,13 +64,14 @@ def reverse_kl(logp_student, logp_teacher):
     """
     p, q = logp_student.exp(), logp_teacher.exp()
     # `- p + q` sums to nothing, but so no term is negative, and where the two agree the gradient is zero to the last bit:
-    # of mere rounding Adam, which divides by the gradient's size, would make a full step.
+    # of mere rounding Adam, which divides by the gradient's size, would make a full step. The same in `forward_kl`.
     return (p * (logp_student - logp_teacher) - p + q).sum(-1)
 
 
 def forward_kl(logp_student, logp_teacher):
     """KL(teacher || student) over the vocabulary: (..., V), (..., V) -> (...), in nats. Soft SFT, on the teacher's responses."""
-    return (logp_teacher.exp() * (logp_teacher - logp_student)).sum(-1)
+    p, q = logp_student.exp(), logp_teacher.exp()
+    return (q * (logp_teacher - logp_student) - q + p).sum(-1)
 
 
 def cross_entropy(logp_token):
@@ -176,7 +177,7 @@ def sft_step(student, teacher, pairs, config):
     """Offline: the teacher's responses to the clean prompts, sampled once before training, after the wrapped prompts."""
     response, mask = pairs.response, pairs.mask                                         # (B, T)
     logp_student = response_logp(student, pairs.wrapped, response, mask)                # (N, V)
-    with torch.no_grad():
+    with torch.no_grad():                                   # the loss on the sampled token needs no teacher, only the log does
         logp_teacher = response_logp(teacher, pairs.clean, response, mask)              # (N, V)
     if config.objective == "exact":
         loss = forward_kl(logp_student, logp_teacher)
@@ -280,7 +281,7 @@ def train(model, loss_of, config, optimizers):
 
     Everything random follows from (seed, step) and the whole state is saved every `save_every` steps, so a run that was
     killed and is started again ends with the same weights as one that was not: bit for bit on a CPU with the same number
-    of threads; on CUDA, whose sums may come in another order each time, up to their rounding.
+    of threads; on CUDA sums may come in another order each time, and rounding alone can change a token that is sampled.
     """
     out, rank = Path(config.out), processes()[0]
     model.train()
@@ -309,7 +310,7 @@ def train(model, loss_of, config, optimizers):
                 optimizer.step()
                 optimizer.zero_grad()
 
-            tokens = int(sums.pop("tokens"))
+            tokens = round(sums.pop("tokens"))              # a mean over processes, times their number
             line = {"step": step, "loss": loss, **{name: total / tokens for name, total in sums.items()}, "grad_norm": norm.item(),
                     "lr": learning_rate(step, config), "tokens": tokens, "seconds": round(time.time() - tick, 4)}
             if rank > 0:                                    # the first process reports and saves for all

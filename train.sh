@@ -25,7 +25,7 @@ esac
 case $preset in auto|smoke|quick|full) ;; *) die "unknown preset '$preset': choose $usage" ;; esac
 
 # The current Python if it has the packages, else a virtual environment of our own.
-packages="import torch, tiktoken, numpy, safetensors, pytest"
+packages="import torch, tiktoken, numpy, safetensors, pytest; from torch.optim import Muon"
 python=python3
 if ! python3 -c "$packages" 2>/dev/null; then
     python=.venv/bin/python

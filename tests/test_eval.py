@@ -315,7 +315,7 @@ def test_the_smoke_pipeline(tmp_path):
     assert json.loads((tmp_path / "out/smoke/results.json").read_text())["arms"] == results["arms"]
     chat_with = subprocess.run([sys.executable, "eval.py", "chat", "out/smoke/base", "out/smoke/opct"], cwd=tmp_path, capture_output=True,
                                text=True, input="who rules it?\n" + "who " * 400 + "\n\n")
-    assert chat_with.returncode == 0 and chat_with.stdout.count("base ") == 2 and "do not fit" in chat_with.stdout
+    assert chat_with.returncode == 0 and chat_with.stdout.count("  out/smoke/base  ") == 2 and "do not fit" in chat_with.stdout
 
 
 def test_the_figures_in_the_readme_are_those_of_the_committed_runs():

@@ -7,7 +7,7 @@ import torch
 
 from conftest import tiny_gpt
 from data import pack
-from model import ARCHITECTURES, LOOK_EVERY, CannotRun, generate, load_checkpoint, rotate, sample, save_checkpoint
+from model import ARCHITECTURES, LOOK_EVERY, CannotRun, generate, load_checkpoint, pick_device, rotate, sample, save_checkpoint
 from opct import pack_responses, packed_hidden, response_logp, token_logp
 
 FAMILIES = list(ARCHITECTURES)
@@ -118,6 +118,13 @@ def test_what_lies_in_unwritten_memory_does_not_matter(monkeypatch):
 def test_without_an_end_token_every_response_has_all_tokens():
     response, mask = generate(tiny_gpt(eos_token_id=None), [[0, 1], [2]], 9)
     assert response.shape == (2, 9) and mask.all()
+
+
+def test_a_checkpoint_without_a_padding_token_samples_the_same(tmp_path):
+    """Many of Hugging Face's have none."""
+    prompts = prompts_of_many_lengths(20, 7)
+    with_pad, without = (generate(tiny_gpt(pad_token_id=pad), prompts, 10, generator=torch.Generator().manual_seed(7)) for pad in (6, None))
+    assert as_lists(*with_pad) == as_lists(*without) and len({len(y) for y in as_lists(*without)}) > 2
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -263,6 +270,17 @@ def test_a_checkpoint_that_is_damaged_or_of_another_kind_is_refused(kind, messag
     damage(tmp_path, kind)
     with pytest.raises(CannotRun, match=message):
         load_checkpoint(tmp_path)
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device() == torch.device("cuda") and pick_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(CannotRun, match="cuda:2 is not there"):
+        pick_device("cuda:2")
+    monkeypatch.setenv("LOCAL_RANK", "2")                   # torchrun with more processes than devices
+    with pytest.raises(CannotRun, match="cuda:2 is not there"):
+        pick_device()
 
 
 @pytest.mark.cuda

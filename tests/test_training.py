@@ -87,16 +87,17 @@ def test_every_arm_trains_and_logs(home, name):
 
 @pytest.mark.parametrize("name", ["pretrain", "sft", "opct"])
 def test_a_killed_run_that_is_started_again_ends_bit_identical(home, name, tmp_path):
-    """kill -9 after the first saved state, then the same command again; on the same device with the same number of threads."""
+    """kill -9 after the first saved state, then the same command again; on a CPU with the same number of threads."""
     unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
-    assert run(*stage(home, name), "--out", unbroken).returncode == 0
-    process = subprocess.Popen(command(*stage(home, name), "--out", killed), cwd=ROOT, stdout=subprocess.DEVNULL)
+    args = [*stage(home, name), "--device", "cpu", "--out"]
+    assert run(*args, unbroken).returncode == 0
+    process = subprocess.Popen(command(*args, killed), cwd=ROOT, stdout=subprocess.DEVNULL)
     while not (killed / "state.safetensors").exists() and process.poll() is None:
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not (killed / "model.safetensors").exists(), "it was to be killed before it was done"
-    again = run(*stage(home, name), "--out", killed)
+    again = run(*args, killed)
     assert again.returncode == 0 and "going on from step" in again.stdout
     for file in ("model.safetensors", "config.json", "tiktoken.json", "run.json"):
         assert (unbroken / file).read_bytes() == (killed / file).read_bytes()
@@ -234,7 +235,8 @@ def test_unknown_commands_and_devices(home, tmp_path):
     if not torch.cuda.is_available():
         refused(run(*stage(home, "opct"), "--out", tmp_path / "run", "--device", "cuda"), "no CUDA device")
     refused(run(*stage(home, "opct"), "--out", tmp_path / "run", "--device", "gpu"), "no such kind of device")
-    refused(run("data.py", "--steps", "1"), "--steps from 2")
+    refused(run("data.py", "--steps", "1"), "--steps 1", "at least 2")
+    refused(run("data.py", "--largest", "2"), "--largest 2", "at least 3")
     refused(run("eval.py", "compare", home / "base", home / "base", "--world", home / "world", "--out", tmp_path), "a name of its own")
     done = subprocess.run(["bash", ROOT / "train.sh", "huge"], capture_output=True, text=True)
     refused(done, "unknown preset 'huge'")
