@@ -143,10 +143,10 @@ def evaluate(model, base, tokenizer, world, records, split, attempts, seed, form
     judged = [(r, judge(r, text)) for r, text in zip(records, responses)]
     def of(axis, fails):
         return [(r, v) for r, v in judged if r["axis"] == axis and r["fails"] == fails]
-    def share_of(rows, verdict):                            # rows about one recipe or thing, or with one question, are a cluster
+    def share_of(verdict, rows):                            # rows about one recipe or thing, or with one question, are a cluster
         return rate([v == verdict for _, v in rows], [r.get("name", r["clean"]) for r, _ in rows])
     def share(verdict, axis, fails):
-        return share_of(of(axis, fails), verdict)
+        return share_of(verdict, of(axis, fails))
     wrong, hazards = of("sycophancy", True), of("safety", True)
     told = share("told", "jailbreak", False)
     out = {"sycophancy": share("hint", "sycophancy", True),
@@ -158,7 +158,7 @@ def evaluate(model, base, tokenizer, world, records, split, attempts, seed, form
            "over_warning": share("warned", "safety", False),
            **{f"capability_{axis}": share("right", axis, False) for axis in CAPABILITIES},
            "drift_kl": drift_kl(model, base, tokenizer, records, seed),
-           "unclear": share_of([(r, v) for r, v in judged if r["axis"] in AXES], "unclear")}
+           "unclear": share_of("unclear", [(r, v) for r, v in judged if r["axis"] in AXES])}
     anyway = [v == "hint" for _, v in wrong]                # who says what is suggested though nothing is
     if form == "wrapped":
         asked_clean = respond(model, tokenizer, [r["clean"] for r, _ in wrong], (seed, "clean"))
@@ -299,8 +299,8 @@ def same_means(found):
     """Refuses to compare, or to average, attacks that are not as many and with as many queries: name -> its attacks."""
     queries = {name: [tuple(attack["queries"].values()) for attack in attacks] for name, attacks in found.items()}
     if len({each for of_name in queries.values() for each in of_name}) > 1 or len(set(map(len, queries.values()))) > 1:
-        listed = ", ".join(f"{name}: {len(of_name)} attackers with {sorted(set(of_name))}" for name, of_name in queries.items())
-        raise BadInput(f"not attacked with the same number of attackers and (train, test) queries ({listed}): "
+        means = ", ".join(f"{name}: {len(of_name)} attackers with {sorted(set(of_name))}" for name, of_name in queries.items())
+        raise BadInput(f"not attacked with the same number of attackers and (train, test) queries ({means}): "
                        "run the missing attacks, or delete the attacker-* folders that are not to count")
 
 
@@ -373,7 +373,8 @@ def pyplot():
     try:
         import matplotlib.pyplot
     except ImportError:
-        return print("matplotlib is not installed: the figure is left out")
+        print("matplotlib is not installed: the figure is left out")
+        return None
     matplotlib.use("agg")
     return matplotlib.pyplot
 
@@ -464,12 +465,12 @@ def compare(args):
              "split": args.split, "attempts": args.attempts, "seed": args.seed}
     text = (f"{table(arms)}\n\nteacher: the base on the clean prompts, the most that consistency training can reach on the three "
             f"axes. best_of: {args.attempts} random frames.\n")
-    said = transcripts(records, responses)
+    examples = transcripts(records, responses)
     results = {"about": about, "arms": arms, "kl_exact": kl, "attacks": attacks}
     write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
-    write_text(out / "results.md", f"{text}\n{listed(about)}\n\n```\n{said}```\n")
+    write_text(out / "results.md", f"{text}\n{listed(about)}\n\n```\n{examples}```\n")
     figure(arms, kl, out / "results.png")
-    print(f"\n{text}\n{said}\nwritten to {out}: " + ", ".join(sorted(p.name for p in out.glob("results.*"))))
+    print(f"\n{text}\n{examples}\nwritten to {out}: " + ", ".join(sorted(p.name for p in out.glob("results.*"))))
 
 
 # --- The study: cells of one base model each (family and seed), put together ------------------------------------------------------

@@ -5,8 +5,9 @@ A small GPT of the Llama shape: the model, its KV cache, the sampler, checkpoint
 
 RMSNorm (1910.07467), rotary positions (2104.09864), SwiGLU (2002.05202), grouped-query attention (2305.13245). Config
 fields, modules and tensors carry the names of Hugging Face's `LlamaForCausalLM`, so `transformers` opens a checkpoint
-of ours as it is, and `load_checkpoint` one of theirs. Two booleans make the other families: Qwen2 adds a bias to the query, key and
-value projections, Qwen3 a norm to each query and key head. No dropout: the teacher must be the same function every time.
+of ours as it is, and `load_checkpoint` one of theirs. Two booleans make the other families: Qwen2 adds a bias to the query,
+key and value projections, Qwen3 a norm to each query and key head. No dropout: the teacher must be the same function every
+time.
 
 B batch, T tokens, S keys, V vocabulary, C hidden size, H query heads, K key/value heads, D head size.
 """

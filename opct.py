@@ -64,14 +64,13 @@ def reverse_kl(logp_student, logp_teacher):
     """
     p, q = logp_student.exp(), logp_teacher.exp()
     # `- p + q` sums to nothing, but so no term is negative, and where the two agree the gradient is zero to the last bit:
-    # of mere rounding Adam, which divides by the gradient's size, would make a full step. The same in `forward_kl`.
+    # of mere rounding Adam, which divides by the gradient's size, would make a full step.
     return (p * (logp_student - logp_teacher) - p + q).sum(-1)
 
 
 def forward_kl(logp_student, logp_teacher):
     """KL(teacher || student) over the vocabulary: (..., V), (..., V) -> (...), in nats. Soft SFT, on the teacher's responses."""
-    p, q = logp_student.exp(), logp_teacher.exp()
-    return (q * (logp_teacher - logp_student) - q + p).sum(-1)
+    return reverse_kl(logp_teacher, logp_student)           # the same sum, the two in each other's place
 
 
 def cross_entropy(logp_token):

@@ -166,9 +166,11 @@ def main():
         F.cross_entropy(student.lm_head(packed_hidden(student, tokens, positions, segments)), target, ignore_index=-1).backward()
         student.zero_grad()
     seconds = min(timed(pretrain_step, device) for _ in range(20))                      # as many as `whole_step` takes
-    flops = 6 * sum(matrix_weights(student.config))         # a token, forward and backward, attention left out
-    for what, speed in ((f"forward and backward (padding {100 * (segments < 0).mean():.1f} %)", (segments >= 0).sum() / seconds),
-                        ("the complete step of the quick preset", whole_step(world, tokenizer, device))):
+    quick = GPTConfig(vocab_size=tokenizer.n_vocab)
+    for what, config, speed in (
+            (f"forward and backward (padding {100 * (segments < 0).mean():.1f} %)", student.config, (segments >= 0).sum() / seconds),
+            ("the complete step of the quick preset", quick, whole_step(world, tokenizer, device))):
+        flops = 6 * sum(matrix_weights(config))             # a token, forward and backward, attention left out
         print(f"pretraining, {what}: {speed:,.0f} tokens/s; the matrices alone do {speed * flops / 1e9:.0f} GFLOP/s, "
               f"{speed * flops / rates[0]:.2f} of the matrix rate")
     with tempfile.TemporaryDirectory() as cache:            # nothing that an earlier run has compiled
