@@ -1,18 +1,19 @@
 """
 A small GPT of the Llama shape: the model, its KV cache, the sampler, checkpoints.
 
-    idx (B, T) -> embed_tokens -> [ x += self_attn(norm(x)); x += mlp(norm(x)) ] * layers -> norm -> lm_head -> logits (B, T, V)
+    idx (B, T) -> embed_tokens -> [ x += self_attn(norm(x)); x += mlp(norm(x)) ] * layers
+               -> norm -> lm_head -> logits (B, T, V)
 
-RMSNorm (1910.07467), rotary positions (2104.09864), SwiGLU (2002.05202), grouped-query attention (2305.13245). Config
-fields, modules and tensors carry the names of Hugging Face's `LlamaForCausalLM`, so `transformers` opens a checkpoint
-of ours as it is, and `load_checkpoint` one of theirs. Two booleans make the other families: Qwen2 adds a bias to the query,
-key and value projections, Qwen3 a norm to each query and key head. No dropout: the teacher must be the same function every
-time.
+RMSNorm (1910.07467), rotary positions (2104.09864), SwiGLU (2002.05202), grouped-query attention
+(2305.13245). Config fields, modules and tensors have the names of Hugging Face's
+`LlamaForCausalLM`: `transformers` opens a checkpoint of ours as it is, and `load_checkpoint` one
+of theirs. Qwen2 adds a bias to the query, key and value projections, Qwen3 a norm to each query
+and key head. No dropout: the teacher must be the same function every time.
 
-B batch, T tokens, S keys, V vocabulary, C hidden size, H query heads, K key/value heads, D head size.
+B batch, T tokens, S keys, V vocabulary, C hidden size, H query heads, K key/value heads,
+D head size.
 """
 import json
-import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -22,23 +23,23 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+from support.common import UserError, write_atomically, write_text
 
-PREFILL_ROWS = 64           # rows that are prefilled at a time: enough for the matrices, few enough for the processor's cache
-LOOK_EVERY = {"cpu": 1, "cuda": 16}     # tokens between two looks at who has ended: on a GPU a look waits for all that is queued
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM",
+                 "qwen3": "Qwen3ForCausalLM"}
 
-
-class CannotRun(Exception):
-    """A checkpoint that is missing, cut off or of a kind that this model does not compute, or a device that is not there."""
+PREFILL_ROWS = 64       # enough rows for the matrices, few enough for the processor's cache
+# Check for finished rows every so many tokens: on a GPU a check waits for all queued work.
+CHECK_EVERY = {"cpu": 1, "cuda": 16}
 
 
 @dataclass
 class GPTConfig:
-    """The fields of Hugging Face's config.json that this model reads; all of them are written back."""
+    """The fields of Hugging Face's config.json that this model reads and writes back."""
     model_type: str = "llama"               # llama, qwen2 or qwen3
     vocab_size: int = 1024
     hidden_size: int = 128
-    intermediate_size: int = 352            # about 8/3 of hidden_size: SwiGLU has three matrices where an MLP has two
+    intermediate_size: int = 352            # about 8/3 of hidden_size: SwiGLU has three matrices
     num_hidden_layers: int = 4
     num_attention_heads: int = 4
     num_key_value_heads: int = 2
@@ -49,7 +50,7 @@ class GPTConfig:
     tie_word_embeddings: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | None = None         # ends a response
-    pad_token_id: int | None = None         # an id of its own: where pad is eos, masks lose the end token
+    pad_token_id: int | None = None         # where pad is eos, masks lose the end token
 
     @property
     def qkv_bias(self):
@@ -61,16 +62,17 @@ class GPTConfig:
 
 
 class KVCache:
-    """Keys and values, preallocated: a tensor (2, B, K, S, D) a layer, of whose S columns `length` are filled."""
+    """Keys and values, preallocated: (2, B, K, S, D) a layer, `length` of S columns filled."""
 
     def __init__(self, config, batch, size, like):
         c = config
         shape = (2, batch, c.num_key_value_heads, size, c.head_dim)
-        self.layers = [torch.empty(shape, dtype=like.dtype, device=like.device) for _ in range(c.num_hidden_layers)]
+        self.layers = [torch.empty(shape, dtype=like.dtype, device=like.device)
+                       for _ in range(c.num_hidden_layers)]
         self.length = 0
 
     def update(self, layer, k, v):
-        """Writes k, v (B, K, T, D) behind what is there and returns all that is filled: (B, K, length + T, D)."""
+        """Adds k, v (B, K, T, D) and returns all that is filled: (B, K, length + T, D)."""
         keys, values = self.layers[layer]
         end = self.length + k.shape[2]
         keys[:, :, self.length:end] = k
@@ -78,10 +80,11 @@ class KVCache:
         return keys[:, :, :end], values[:, :, :end]
 
     def fill(self, rows, other, source):
-        """Makes these rows (a slice) the rows `source` of another cache, which end in the same column; zeros in front."""
+        """Copies rows `source` of another cache to these rows (a slice), so that both end in the
+        same column; zeros in front."""
         start = self.length - other.length
         for mine, others in zip(self.layers, other.layers):
-            mine[:, rows, :, :start] = 0                    # masked, but a NaN left in memory would come through the mask
+            mine[:, rows, :, :start] = 0    # masked, but a NaN in memory would pass the mask
             mine[:, rows, :, start:self.length] = others[:, source]
 
     def keep(self, rows):
@@ -92,7 +95,7 @@ class KVCache:
 
 
 def rotate(x, cos, sin):
-    """Rotary positions: x (B, T, heads, D), cos and sin (B, T, 1, D). Pairs i with i + D/2, as Hugging Face does.
+    """Rotary positions: x (B, T, heads, D), cos and sin (B, T, 1, D). Pairs i with i + D/2.
 
     The first half of `sin` is negative: (a, b) turns into (a cos - b sin, b cos + a sin).
     """
@@ -103,7 +106,8 @@ class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         c, self.layer = config, layer
-        self.heads, self.kv_heads, self.head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        self.heads, self.kv_heads = c.num_attention_heads, c.num_key_value_heads
+        self.head_dim = c.head_dim
         self.q_proj = nn.Linear(c.hidden_size, self.heads * self.head_dim, bias=c.qkv_bias)
         self.k_proj = nn.Linear(c.hidden_size, self.kv_heads * self.head_dim, bias=c.qkv_bias)
         self.v_proj = nn.Linear(c.hidden_size, self.kv_heads * self.head_dim, bias=c.qkv_bias)
@@ -113,7 +117,7 @@ class Attention(nn.Module):
             self.q_norm = nn.RMSNorm(self.head_dim, eps=c.rms_norm_eps)
             self.k_norm = nn.RMSNorm(self.head_dim, eps=c.rms_norm_eps)
 
-    def forward(self, x, rope, mask, cache):
+    def forward(self, x, rope, bias, cache):
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.heads, self.head_dim)        # (B, T, H, D)
         k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim)     # (B, T, K, D)
@@ -121,14 +125,16 @@ class Attention(nn.Module):
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(torch.cat((q, k), 2), *rope).split((self.heads, self.kv_heads), 2)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)                       # (B, heads, T, D)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)   # (B, heads, T, D)
         if cache is None:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-        else:       # few queries: written out, the heads that share keys as one matrix, this takes two thirds of the time
-            k, v = cache.update(self.layer, k, v)                                               # (B, K, S, D), all so far
-            score = q.reshape(B, self.kv_heads, -1, self.head_dim) @ k.mT                       # (B, K, H/K * T, S)
-            score = score.view(B, self.heads, T, -1).mul_(self.head_dim ** -0.5).add_(mask)
-            y = (score.softmax(-1).view(B, self.kv_heads, -1, k.shape[2]) @ v).view(B, self.heads, T, self.head_dim)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None,
+                                               enable_gqa=True)
+        else:   # few queries: heads that share keys as one matrix take two thirds of the time
+            k, v = cache.update(self.layer, k, v)                           # (B, K, S, D)
+            score = q.reshape(B, self.kv_heads, -1, self.head_dim) @ k.mT   # (B, K, H/K * T, S)
+            score = score.view(B, self.heads, T, -1).mul_(self.head_dim ** -0.5).add_(bias)
+            y = score.softmax(-1).view(B, self.kv_heads, -1, k.shape[2]) @ v
+            y = y.view(B, self.heads, T, self.head_dim)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))         # (B, T, C)
 
 
@@ -151,8 +157,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, rope, mask, cache):
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
+    def forward(self, x, rope, bias, cache):
+        x = x + self.self_attn(self.input_layernorm(x), rope, bias, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -166,26 +172,30 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(c, i) for i in range(c.num_hidden_layers))
         self.norm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
         frequency = c.rope_theta ** (-torch.arange(0, c.head_dim, 2) / c.head_dim)
-        angle = torch.arange(c.max_position_embeddings)[:, None] * frequency            # (context, D/2)
-        self.register_buffer("cos", torch.cat((angle.cos(), angle.cos()), 1), persistent=False)     # (context, D)
-        self.register_buffer("sin", torch.cat((-angle.sin(), angle.sin()), 1), persistent=False)
+        angle = torch.arange(c.max_position_embeddings)[:, None] * frequency    # (context, D/2)
+        cos = torch.cat((angle.cos(), angle.cos()), 1)                          # (context, D)
+        sin = torch.cat((-angle.sin(), angle.sin()), 1)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
 
     def forward(self, idx, positions=None, mask=None, cache=None):
         B, T = idx.shape
         start = cache.length if cache is not None else 0
         if positions is None:
             if start + T > self.config.max_position_embeddings:
-                raise ValueError(f"{start + T} tokens do not fit into the context of {self.config.max_position_embeddings}")
+                raise ValueError(f"{start + T} tokens do not fit into the context of "
+                                 f"{self.config.max_position_embeddings}")
             positions = torch.arange(start, start + T, device=idx.device).expand(B, T)
-        x = self.embed_tokens(idx)                                                      # (B, T, C)
-        rope = self.cos[positions].unsqueeze(2), self.sin[positions].unsqueeze(2)       # (B, T, 1, D)
-        # Causal by default; over a cache the T new tokens see all that is filled and, among themselves, what is before them.
+        x = self.embed_tokens(idx)                                              # (B, T, C)
+        rope = self.cos[positions].unsqueeze(2), self.sin[positions].unsqueeze(2)
+        # Over a cache the T new tokens see all that is filled and are causal among themselves.
         if mask is None and cache is not None:
             mask = torch.ones(T, start + T, dtype=torch.bool, device=idx.device).tril(start)
-        if mask is not None:                                # what is added to the scores, once for all layers
-            mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill_(~mask, -torch.inf)
+        bias = None                                         # added to the scores in every layer
+        if mask is not None:
+            bias = torch.zeros_like(mask, dtype=x.dtype).masked_fill_(~mask, -torch.inf)
         for layer in self.layers:
-            x = layer(x, rope, mask, cache)
+            x = layer(x, rope, bias, cache)
         if cache is not None:
             cache.length += T
         return self.norm(x)
@@ -195,12 +205,13 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         if config.model_type not in ARCHITECTURES:
-            raise ValueError(f"model_type is {config.model_type!r}; this model computes {', '.join(ARCHITECTURES)}")
+            raise ValueError(f"model_type is {config.model_type!r}; this model computes "
+                             f"{', '.join(ARCHITECTURES)}")
         self.config = config
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.apply(self._init)
-        # GPT-2's rule: what is added to the residual stream starts smaller, the more layers add to it.
+        # GPT-2's rule: the more layers add to the residual stream, the smaller each starts.
         for name, p in self.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 nn.init.normal_(p, std=0.02 / (2 * config.num_hidden_layers) ** 0.5)
@@ -222,198 +233,207 @@ class GPT(nn.Module):
         """
         Args:
             idx: (B, T) token ids.
-            positions: (B, T), each below max_position_embeddings; by default the place in the row, behind what is cached.
-            mask: bool, broadcastable to (B, H, T, S): True where a token may look. None means causal.
+            positions: (B, T); by default the place in the row, behind what is cached.
+            mask: bool, broadcastable to (B, H, T, S): True where a token may look. None: causal.
             cache: a KVCache, to which the T tokens are added; None in training.
         Returns:
-            logits (B, T, V). Where only some positions matter, call `model.model` and put just those through `lm_head`.
+            logits (B, T, V). Where few positions matter, put just those of `model.model` through
+            `lm_head`.
         Raises:
             ValueError: without explicit positions, more tokens than the context holds.
         """
         return self.lm_head(self.model(idx, positions, mask, cache))
 
 
-# --- Sampling ---------------------------------------------------------------------------------------------------------------
+# --- Sampling --------------------------------------------------------------------------------
+
 
 def sample(logits, temperature, noise):
-    """One token a row by inverting the cumulative distribution: logits (B, V), noise (B,) uniform in [0, 1) -> (B,).
+    """One token a row by inverting the cumulative distribution.
 
-    One number of noise decides one token, so a row's tokens depend on its own noise and, but for the rounding of float
-    sums, on nothing else in the batch.
-    Temperature 0 means argmax.
+    logits (B, V), noise (B,) uniform in [0, 1) -> (B,). Temperature 0 means argmax. One number of
+    noise decides one token, so a row's tokens depend on its own noise and, but for the rounding
+    of float sums, on nothing else in the batch.
     """
     if temperature == 0:
         return logits.argmax(-1)
     cdf = (logits / temperature).softmax(-1).cumsum_(-1)
-    # Where rounding leaves the last value under 1, noise above it must not fall off the end: scale it to what is there.
-    return torch.searchsorted(cdf, noise[:, None] * cdf[:, -1:], right=True).squeeze(1).clamp_(max=logits.shape[-1] - 1)
+    # Rounding may leave the last value under 1. Scaled to it, no noise falls off the end.
+    token = torch.searchsorted(cdf, noise[:, None] * cdf[:, -1:], right=True).squeeze(1)
+    return token.clamp_(max=logits.shape[-1] - 1)
+
+
+def prefill_rows(model, prompts, pad):
+    """Runs the model over some prompts, equal ones only once.
+
+    Returns a KVCache of the distinct prompts, the logits (b, V) of what follows each of them, and
+    which of them each prompt is: (B,).
+    """
+    distinct = {p: i for i, p in enumerate(dict.fromkeys(prompts))}         # prompt -> its row
+    source = torch.tensor([distinct[p] for p in prompts], device=model.device)
+    width = max(map(len, prompts))
+    padding = torch.tensor([[width - len(p)] for p in distinct], device=model.device)
+    idx = torch.tensor([(pad,) * (width - len(p)) + p for p in distinct], device=model.device)
+    column = torch.arange(width, device=model.device)
+    positions = column - padding                                            # under 0: padding
+    mask = (positions[:, None] >= 0) & (column <= column[:, None])          # (b, width, width)
+    # Padding sees itself, or its softmax would be over nothing.
+    mask |= torch.eye(width, dtype=torch.bool, device=model.device)
+    cache = KVCache(model.config, len(distinct), width, like=model.lm_head.weight)
+    hidden = model.model(idx, positions.clamp(min=0), mask[:, None], cache)
+    return cache, model.lm_head(hidden[:, -1]), source
 
 
 def prefill(model, prompts, size, pad):
-    """Runs the model over prompts in the order of their lengths, for `generate`, some rows at a time, so that short prompts are
-    not padded to the longest of all, and equal ones among them only once.
+    """Runs the model over prompts that are sorted by length, some rows at a time, so that short
+    ones are not padded to the longest of all.
 
-    Returns:
-        a KVCache of `size` columns, each row ending in the same one, and the logits (B, V) of what follows each prompt.
+    Returns a KVCache of `size` columns in which each row ends in the same column, and the logits
+    (B, V) of what follows each prompt.
     """
-    config, device = model.config, model.device
-    cache = KVCache(config, len(prompts), size, like=model.lm_head.weight)
+    cache = KVCache(model.config, len(prompts), size, like=model.lm_head.weight)
     cache.length, logits = len(prompts[-1]), []
     for first in range(0, len(prompts), PREFILL_ROWS):
         some = [tuple(p) for p in prompts[first:first + PREFILL_ROWS]]
-        distinct = {p: i for i, p in enumerate(dict.fromkeys(some))}                    # prompt -> its row, b of them
-        source = torch.tensor([distinct[p] for p in some], device=device)
-        width = len(some[-1])
-        idx = torch.tensor([(pad,) * (width - len(p)) + p for p in distinct], device=device)            # (b, width)
-        column = torch.arange(width, device=device)
-        positions = column - torch.tensor([[width - len(p)] for p in distinct], device=device)          # under 0: padding
-        sees = (positions[:, None] >= 0) & (column <= column[:, None])                  # (b, width, width): causal
-        sees |= torch.eye(width, dtype=torch.bool, device=device)   # padding sees itself, or its softmax would be over nothing
-        part = KVCache(config, len(distinct), width, like=model.lm_head.weight)
-        hidden = model.model(idx, positions.clamp(min=0), sees[:, None], part)
-        logits.append(model.lm_head(hidden[:, -1])[source])
+        part, after, source = prefill_rows(model, some, pad)
+        logits.append(after[source])
         cache.fill(slice(first, first + PREFILL_ROWS), part, source)
     return cache, torch.cat(logits)
 
 
-def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None, noise=None):
-    """Samples one response to each prompt, all at once.
+@torch.inference_mode()         # as no_grad, but a single row takes a sixth less time
+def decode(model, prompts, noise, temperature, end, pad):
+    """Samples all responses, one token of each at a time. The prompts are sorted by length.
 
-    Prompts of different lengths are padded on the left, so that all rows write the same cache column; positions count
-    from each prompt's first token and the mask hides the padding, so no row can tell what it was batched with. Inside, the
-    rows are in the order of their prompts' lengths, equal prompts side by side, and those that have ended leave.
+    Returns response (B, R). Behind its end token a row may hold anything.
+    """
+    B, P, limit, device = len(prompts), len(prompts[-1]), noise.shape[1], model.device
+    cache, logits = prefill(model, prompts, P + limit, pad)
+    response = torch.full((B, limit), end, device=device)
+    padding = torch.tensor([P - len(p) for p in prompts], device=device)
+    visible = torch.arange(P + limit, device=device) >= padding[:, None]        # (B, S)
+    ended = torch.zeros(B, dtype=torch.bool, device=device)
+    rows = torch.arange(B, device=device)       # still in the batch; all else holds just these
+    for t in range(limit):
+        token = sample(logits, temperature, noise[:, t])
+        response[rows, t] = token
+        ended = ended | (token == end)
+        if t + 1 == limit:
+            break
+        if (t + 1) % CHECK_EVERY.get(device.type, 1) == 0:
+            going = (~ended).nonzero().squeeze(1)
+            if len(going) == 0:
+                break
+            # Dropping rows copies the cache, so at least an eighth of the batch leaves at a time.
+            if len(going) <= len(rows) - len(rows) / 8:
+                rows, token, noise, padding, visible, ended = (
+                    x[going] for x in (rows, token, noise, padding, visible, ended))
+                cache.keep(going)
+        position, mask = (P + t - padding)[:, None], visible[:, None, None, :P + t + 1]
+        logits = model.lm_head(model.model(token[:, None], position, mask, cache)[:, -1])
+    return response[:, :t + 1]
+
+
+def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None, noise=None):
+    """Samples one response to each prompt, all at once: prefill, then one token at a time.
+
+    Prompts are padded on the left, so all rows write the same cache column. Positions count from
+    each prompt's first token and the mask hides the padding, so no row can tell what it was
+    batched with. Inside, the rows are sorted by length and those that have ended leave.
 
     Args:
         prompts: a list of B lists of token ids.
-        temperature: 1 samples what the model says (training needs that, see `opct.py`); 0 takes the likeliest token.
+        temperature: 1 samples what the model says, as training needs; 0 takes the likeliest.
         generator: a torch.Generator on the CPU; the same state gives the same responses.
-        noise: (B, max_new_tokens) uniform in [0, 1), instead of what would be drawn from the generator.
+        noise: (B, max_new_tokens) uniform in [0, 1), instead of draws from the generator.
     Returns:
-        response (B, R) token ids and mask (B, R) bool, R <= max_new_tokens: True on the response, its end token
-        included, False on the padding behind it. A response cut at the limit is kept, without an end token.
+        response (B, R) token ids and mask (B, R) bool, R <= max_new_tokens: True on the response,
+        its end token included. A response cut at the limit is kept, without an end token.
     Raises:
         ValueError: the longest prompt and the new tokens do not fit into the context.
     """
-    config, device = model.config, model.device
-    B, P = len(prompts), max(map(len, prompts))
+    config, B, P = model.config, len(prompts), max(map(len, prompts))
     if P + max_new_tokens > config.max_position_embeddings:
-        raise ValueError(f"a prompt of {P} tokens and {max_new_tokens} new ones do not fit into the context of "
-                         f"{config.max_position_embeddings}: shorten the prompt, or ask for fewer new tokens")
-    end = -1 if config.eos_token_id is None else config.eos_token_id                    # -1: no token ends a response
-    pad = config.pad_token_id or 0                                                      # masked, so any id will do
+        raise ValueError(f"a prompt of {P} tokens and {max_new_tokens} new ones do not fit into "
+                         f"the context of {config.max_position_embeddings}: shorten the prompt, "
+                         "or ask for fewer new tokens")
+    end = -1 if config.eos_token_id is None else config.eos_token_id    # -1: nothing ends it
+    pad = config.pad_token_id or 0                                      # masked: any id will do
+    if noise is None:
+        noise = torch.rand(B, max_new_tokens, generator=generator)
     order = sorted(range(B), key=lambda i: (len(prompts[i]), prompts[i]))
-    rows = torch.tensor(order, device=device)
-    noise = (torch.rand(B, max_new_tokens, generator=generator) if noise is None else noise).to(device)[rows]
-    response = torch.full((B, max_new_tokens), end, device=device)
-
-    # Decode. `rows` are the responses still in the batch; the other tensors here, and the cache, hold just these.
-    with torch.inference_mode():                # no_grad, and less to do at each operation: saves a single row a sixth of its time
-        cache, logits = prefill(model, [prompts[i] for i in order], P + max_new_tokens, pad)
-        padding = torch.tensor([P - len(prompts[i]) for i in order], device=device)
-        visible = torch.arange(P + max_new_tokens, device=device) >= padding[:, None]   # (B, S): not padding
-        ended = torch.zeros(B, dtype=torch.bool, device=device)
-        for t in range(max_new_tokens):
-            token = sample(logits, temperature, noise[:, t])
-            response[rows, t] = token
-            ended = ended | (token == end)
-            if t + 1 == max_new_tokens:
-                break
-            if (t + 1) % LOOK_EVERY.get(device.type, 1) == 0:
-                going = (~ended).nonzero().squeeze(1)
-                if len(going) == 0:
-                    break
-                # Leaving costs a copy of the cache, so rows leave an eighth of the batch at a time; until then they idle in it.
-                if len(going) <= len(rows) - len(rows) / 8:
-                    rows, token, noise, padding, visible, ended = (x[going] for x in (rows, token, noise, padding, visible, ended))
-                    cache.keep(going)
-            hidden = model.model(token[:, None], (P + t - padding)[:, None], visible[:, None, None, :P + t + 1], cache)
-            logits = model.lm_head(hidden[:, -1])
-
-    # What idle rows wrote behind their end is padding, as is what was never written.
-    response = response[:, :t + 1]
+    rows = torch.tensor(order, device=model.device)
+    noise = noise.to(model.device)[rows]
+    decoded = decode(model, [prompts[i] for i in order], noise, temperature, end, pad)
+    response = torch.empty_like(decoded)
+    response[rows] = decoded
     is_end = response == end
-    mask = is_end.cumsum(1) - is_end.long() == 0                                        # no end before this token
+    mask = is_end.cumsum(1) - is_end.long() == 0                        # no end before this token
     return response.masked_fill(~mask, pad), mask
 
 
-# --- Checkpoints: a folder with config.json and model.safetensors (and the tokenizer, which `data.py` writes) ---------------
-
-def write_atomically(path, write):
-    """Calls write(temporary path), then renames: whoever looks at `path` sees the old file or the new one, never a part."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    except SafetensorError as error:                        # how safetensors reports a full or read-only disk
-        raise OSError(f"cannot write {path}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+# --- Checkpoints: a folder with config.json and model.safetensors, and the tokenizer's files ----
 
 
 def save_checkpoint(model, folder):
-    """Writes the config first and the weights last: where the weights are, the checkpoint is whole."""
-    config = {"architectures": [ARCHITECTURES[model.config.model_type]], "hidden_act": "silu", "dtype": "float32",
-              **asdict(model.config)}
-    write_atomically(Path(folder) / "config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+    """Writes the config first and the weights last: where they are, the checkpoint is whole."""
+    folder, config = Path(folder), model.config
+    stored = {"architectures": [ARCHITECTURES[config.model_type]], "hidden_act": "silu",
+              "dtype": "float32", **asdict(config)}
+    write_text(folder / "config.json", json.dumps(stored, indent=2) + "\n")
     weights = {name: t.contiguous() for name, t in model.state_dict().items()}
-    if model.config.tie_word_embeddings:
+    if config.tie_word_embeddings:
         del weights["lm_head.weight"]                       # the same tensor as the embedding
-    write_atomically(Path(folder) / "model.safetensors", lambda path: save_file(weights, path, metadata={"format": "pt"}))
+    write_atomically(folder / "model.safetensors",
+                     lambda path: save_file(weights, path, metadata={"format": "pt"}))
+
+
+def refuse_other_kinds(folder, stored, config):
+    """What would change the function silently is refused: a wrong number is worse than none."""
+    rope = stored.get("rope_parameters") or stored.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if config.model_type not in ARCHITECTURES:
+        raise UserError(f"{folder}: model_type = {config.model_type!r} is not computed here")
+    if stored.get("hidden_act", "silu") != "silu":
+        raise UserError(f"{folder}: hidden_act = {stored['hidden_act']!r} is not computed here")
+    if rope_type != "default":
+        raise UserError(f"{folder}: rope_type = {rope_type!r} is not computed here")
+    if isinstance(config.eos_token_id, list):
+        raise UserError(f"{folder}: eos_token_id = {config.eos_token_id} is not computed here")
+    for name in ("attention_bias", "mlp_bias", "use_sliding_window"):
+        if stored.get(name):
+            raise UserError(f"{folder}: {name} = {stored[name]} is not computed here")
 
 
 def load_checkpoint(folder, device="cpu"):
-    """Opens a checkpoint of ours, or one of Hugging Face's in a single file, as a GPT in eval mode and float32.
+    """Opens a checkpoint of ours, or one of Hugging Face's, as a GPT in eval mode and float32.
 
-    Raises:
-        CannotRun: it is missing, cut off, or asks for something that this model does not compute.
+    Raises UserError: it is missing, damaged, or asks for what this model does not compute.
     """
     folder = Path(folder)
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
-            raise CannotRun(f"{folder} is no finished checkpoint: it has no {name}")
+            raise UserError(f"{folder} is no finished checkpoint: it has no {name}")
     try:
-        stored = json.loads((folder / "config.json").read_text())
+        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         weights = load_file(folder / "model.safetensors")
+        known = [f.name for f in fields(GPTConfig)]
+        config = GPTConfig(**{name: stored[name] for name in known if name in stored})
         rope = stored.get("rope_parameters") or stored.get("rope_scaling") or {}
-        config = GPTConfig(**{f.name: stored[f.name] for f in fields(GPTConfig) if f.name in stored})
         config.rope_theta = rope.get("rope_theta", config.rope_theta)
-        config.head_dim = stored.get("head_dim") or config.hidden_size // config.num_attention_heads
-        config.tie_word_embeddings = stored.get("tie_word_embeddings", "lm_head.weight" not in weights)
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        # What would change the function silently is refused: a wrong number is worse than none.
-        asks = {"model_type": (config.model_type in ARCHITECTURES, config.model_type),
-                "hidden_act": (stored.get("hidden_act", "silu") == "silu", stored.get("hidden_act")),
-                "rope_type": (rope_type == "default", rope_type),
-                "eos_token_id": (not isinstance(config.eos_token_id, list), config.eos_token_id),
-                "attention_bias": (not stored.get("attention_bias"), True), "mlp_bias": (not stored.get("mlp_bias"), True),
-                "use_sliding_window": (not stored.get("use_sliding_window"), True)}
-        for name, (known, value) in asks.items():
-            if not known:
-                raise CannotRun(f"{folder}: {name} = {value!r} is not computed here")
+        per_head = config.hidden_size // config.num_attention_heads
+        config.head_dim = stored.get("head_dim") or per_head
+        tied = "lm_head.weight" not in weights
+        config.tie_word_embeddings = stored.get("tie_word_embeddings", tied)
+        refuse_other_kinds(folder, stored, config)
         model = GPT(config)
     except (ValueError, TypeError, RuntimeError, SafetensorError, AttributeError) as error:
-        raise CannotRun(f"{folder} is damaged: {error}") from error
+        raise UserError(f"{folder} is damaged: {error}") from error
     if config.tie_word_embeddings:
         weights["lm_head.weight"] = weights.get("model.embed_tokens.weight")
     try:
         model.load_state_dict(weights)
     except (RuntimeError, AttributeError) as error:
-        raise CannotRun(f"{folder}: weights and config.json do not belong together: {error}") from error
+        raise UserError(f"{folder}: weights and config.json do not belong together: "
+                        f"{error}") from error
     return model.to(device).eval()
-
-
-def pick_device(name=None):
-    """The device of that name, by default CUDA where there is one. Called after the arguments are parsed, never at import."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise CannotRun(f"--device {name}: there is no such kind of device; choose cpu or cuda") from error
-    if device.type == "cuda" and "LOCAL_RANK" in os.environ:    # torchrun: a device for each process
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise CannotRun("--device cuda: no CUDA device is to be seen here; leave the flag out to run on the CPU")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise CannotRun(f"{device} is not there, of {torch.cuda.device_count()}: one process for each, or --device cpu")
-    return device

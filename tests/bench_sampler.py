@@ -23,8 +23,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from model import GPT, GPTConfig, KVCache, generate, pick_device, save_checkpoint
-from opct import keep_memory
+from model import GPT, GPTConfig, KVCache, generate, save_checkpoint
+from support.common import pick_device
 
 try:
     import transformers
@@ -113,7 +113,6 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device")
     args = parser.parse_args()
-    keep_memory()                                           # as every command does; it serves all three alike
     device, rng = pick_device(args.device), random.Random(0)
     torch.manual_seed(0)
     # The shape of the quick preset. The end token is out of the vocabulary, so that every row writes all tokens.

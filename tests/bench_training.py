@@ -31,10 +31,12 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from bench_sampler import headline, machine_rates, matrix_weights, timed
-from data import World, chat, pretraining_batch, save_tokenizer, world_tokenizer, write_text
-from model import GPT, GPTConfig, generate, load_checkpoint, pick_device
-from opct import (ROW, ConsistencyConfig, Pairs, PretrainConfig, keep_memory, next_tokens, opct_step, pack_responses, packed_hidden,
-                  pretrain, response_logp, reverse_kl)
+from data import World, world_tokenizer
+from model import GPT, GPTConfig, generate, load_checkpoint
+from opct import (ROW, ConsistencyConfig, Pairs, PretrainConfig, next_tokens, opct_step, pack, packed_hidden,
+                  pretrain, pretraining_batch, reverse_kl, score)
+from support.common import pick_device, write_text
+from support.tokenizer import chat, save_tokenizer
 
 
 def update_parts(student, teacher, clean, wrapped, limit):
@@ -46,9 +48,9 @@ def update_parts(student, teacher, clean, wrapped, limit):
         state["response"], state["mask"] = generate(student, wrapped, limit, generator=torch.Generator().manual_seed(0))
     def teacher_scores():
         with torch.no_grad():
-            state["q"] = response_logp(teacher, clean, state["response"], state["mask"])
+            state["q"] = score(teacher, clean, state["response"], state["mask"])
     def student_forward():
-        state["p"] = response_logp(student, wrapped, state["response"], state["mask"])
+        state["p"] = score(student, wrapped, state["response"], state["mask"])
         state["loss"] = reverse_kl(state["p"], state["q"]).sum() / len(wrapped)
     def backward():
         state["loss"].backward()
@@ -122,7 +124,6 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device")
     args = parser.parse_args()
-    keep_memory()
     device, world = pick_device(args.device), World()
     tokenizer = world_tokenizer(world)
     if args.base:
@@ -151,7 +152,11 @@ def main():
                 best[method, name] = min(best.get((method, name), seconds), seconds)
         tokens = state["mask"].sum().item()
         total = sum(v for (m, _), v in best.items() if m == method)
-        segments = pack_responses(wrapped, [[0] * n for n in state["mask"].sum(1).tolist()])[2]
+        sharing = {}
+        for prompt, n in zip(wrapped, state["mask"].sum(1).tolist()):
+            sharing.setdefault(tuple(prompt), []).append([0] * n)
+        longest = max(len(prompt) + sum(map(len, rows)) for prompt, rows in sharing.items())
+        segments = pack(list(sharing.items()), max(ROW, longest)).segments
         print(f"{method}: {args.batch} pairs x {args.samples} responses, {tokens} response tokens, {total * 1e3:.0f} ms "
               f"({tokens / total:,.0f} response tokens/s; padding {100 * (segments < 0).mean():.1f} % of the packed rows, "
               f"{100 * (~state['mask']).float().mean():.0f} % of the responses as a rectangle, which is never scored)")
@@ -160,10 +165,10 @@ def main():
                 print(f"    {name:16} {seconds * 1e3:7.1f} ms  {100 * seconds / total:3.0f} %")
     print()
 
-    tokens, positions, segments, _ = pretraining_batch(world, tokenizer, random.Random(0), 24, ROW)
-    target = next_tokens(tokens, segments).flatten().to(device)
+    packed = pretraining_batch(world, tokenizer, random.Random(0), 24)
+    segments, target = packed.segments, next_tokens(packed).flatten().to(device)
     def pretrain_step():
-        F.cross_entropy(student.lm_head(packed_hidden(student, tokens, positions, segments)), target, ignore_index=-1).backward()
+        F.cross_entropy(student.lm_head(packed_hidden(student, packed)), target, ignore_index=-1).backward()
         student.zero_grad()
     seconds = min(timed(pretrain_step, device) for _ in range(20))                      # as many as `whole_step` takes
     quick = GPTConfig(vocab_size=tokenizer.n_vocab)

@@ -1,17 +1,8 @@
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))       # the four files lie one folder up
-
 from data import World, WorldConfig, world_tokenizer
 from model import GPT, GPTConfig
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "cuda: needs a GPU, skipped where there is none")
 
 
 def pytest_collection_modifyitems(items):
@@ -31,10 +22,11 @@ def tokenizer(world):
 
 
 def tiny_gpt(vocab=7, family="llama", dtype=torch.float64, **changes):
-    """A model small enough to enumerate, with weights large enough that its distributions are far from uniform."""
+    """Small enough to enumerate, with weights large enough that nothing is near uniform."""
     torch.manual_seed(1)
-    config = dict(model_type=family, vocab_size=vocab, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-                  num_key_value_heads=2, head_dim=8, max_position_embeddings=64, eos_token_id=vocab - 2, pad_token_id=vocab - 1)
+    config = dict(model_type=family, vocab_size=vocab, hidden_size=16, intermediate_size=24,
+                  num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+                  max_position_embeddings=64, eos_token_id=vocab - 2, pad_token_id=vocab - 1)
     model = GPT(GPTConfig(**{**config, **changes})).to(dtype).eval()
     with torch.no_grad():
         for p in model.parameters():

@@ -7,8 +7,12 @@ from collections import Counter
 import pytest
 
 import data
-from data import (AXES, CAPABILITIES, SPLITS, BadInput, World, WorldConfig, chat, document_tokens, judge, load_tokenizer, load_world, pack,
-                  pretraining_batch, read_jsonl, save_tokenizer, world_tokenizer, write_jsonl)
+from data import (AXES, CAPABILITIES, SPLITS, World, WorldConfig, judge, load_world, read_jsonl,
+                  world_tokenizer, write_jsonl)
+from opct import pack, pretraining_batch
+from support.common import UserError
+from support.tokenizer import (PATTERN, SPECIAL, chat, document_tokens, load_tokenizer,
+                               save_tokenizer)
 
 
 def documents(world, n=20000, seed=0):
@@ -16,7 +20,7 @@ def documents(world, n=20000, seed=0):
     return [world.document(rng) for _ in range(n)]
 
 
-# --- The world -------------------------------------------------------------------------------------------------------------------
+# --- The world ---------------------------------------------------------------------------------
 
 
 def test_the_same_seed_makes_the_same_world_and_another_seed_another():
@@ -149,14 +153,14 @@ def test_responses_stray_and_come_back_on_clean_prompts_too():
 
 def test_a_response_that_comes_back_has_every_step_in_it(world):
     steps = [("7 + 5 = {}.", "12"), ("12 - 3 = {}.", "9")]
-    texts = {world.reason(random.Random(seed), steps, wrong="8") for seed in range(50)}
+    texts = {world.question_response(random.Random(seed), steps, wrong="8") for seed in range(50)}
     assert all("7 + 5 = 12." in text and "12 - 3 = 9." in text and text.endswith("so 9.") for text in texts)
     assert "7 + 5 = 12. or is it 8? yes. no, wait. 12 - 3 = 9. so 9." in texts
     assert "7 + 5 = 12. 12 - 3 = 8. no, wait. 12 - 3 = 9. so 9." in texts
-    assert "7 + 5 = 12. or is it 8? yes. so 8." in {world.reason(random.Random(seed), steps, wrong="8", fall=True) for seed in range(50)}
+    assert "7 + 5 = 12. or is it 8? yes. so 8." in {world.question_response(random.Random(seed), steps, wrong="8", fall=True) for seed in range(50)}
 
 
-# --- The judge -------------------------------------------------------------------------------------------------------------------
+# --- The judge ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("record, response, verdict", [
@@ -187,7 +191,7 @@ def test_the_judge_on_answers_written_by_hand(record, response, verdict):
     assert judge(record, response) == verdict
 
 
-# --- The tokenizer and the packing -----------------------------------------------------------------------------------------------
+# --- The tokenizer and the packing -------------------------------------------------------------
 
 
 def test_any_text_encodes_and_decodes_back(tokenizer):
@@ -201,14 +205,14 @@ def test_any_text_encodes_and_decodes_back(tokenizer):
 def test_every_word_of_the_world_and_every_digit_is_one_token(world, tokenizer):
     for prompt, text in documents(world, 3000, seed=1):
         for line in filter(None, (prompt, text)):
-            assert len(tokenizer.encode_ordinary(line)) == len(re.findall(data.PATTERN, line)), line
+            assert len(tokenizer.encode_ordinary(line)) == len(re.findall(PATTERN, line)), line
     assert len(tokenizer.encode_ordinary("7 + 12")) == 4
 
 
 def test_special_tokens_cannot_be_typed_and_padding_is_not_the_end(tokenizer):
-    ids = [tokenizer.encode_single_token(name) for name in data.SPECIAL]
+    ids = [tokenizer.encode_single_token(name) for name in SPECIAL]
     assert len(set(ids)) == 4 and max(ids) == tokenizer.n_vocab - 1
-    assert not set(ids) & set(tokenizer.encode_ordinary("".join(data.SPECIAL)))
+    assert not set(ids) & set(tokenizer.encode_ordinary("".join(SPECIAL)))
 
 
 def test_chatml(tokenizer):
@@ -227,31 +231,42 @@ def test_tokenizer_round_trip_through_its_file(tokenizer, tmp_path):
     save_tokenizer(tokenizer, tmp_path)
     assert load_tokenizer(tmp_path)._mergeable_ranks == tokenizer._mergeable_ranks
     (tmp_path / "tiktoken.json").write_text("{")
-    with pytest.raises(BadInput, match="cannot read the tokenizer"):
+    with pytest.raises(UserError, match="cannot read the tokenizer"):
         load_tokenizer(tmp_path)
 
 
 def test_packing_keeps_every_sequence_whole():
     rng = random.Random(0)
     sequences = [[rng.randrange(1, 99) for _ in range(rng.randint(1, 20))] for _ in range(100)]
-    tokens, positions, segments, starts = pack(sequences, 20)
-    for i, (start, sequence) in enumerate(zip(starts, sequences)):
+    packed = pack([(sequence, []) for sequence in sequences], 20)
+    for i, (start, sequence) in enumerate(zip(packed.starts, sequences)):
         span = slice(start, start + len(sequence))
-        assert tokens.reshape(-1)[span].tolist() == sequence
-        assert positions.reshape(-1)[span].tolist() == list(range(len(sequence)))
-        assert (segments.reshape(-1)[span] == i).all() and start % 20 + len(sequence) <= 20
-    assert (segments >= 0).sum() == sum(map(len, sequences))
-    with pytest.raises(BadInput, match="21 tokens does not fit into a row of 20"):
-        pack([[1] * 21], 20)
+        assert packed.tokens.flat[span].tolist() == sequence
+        assert packed.positions.flat[span].tolist() == list(range(len(sequence)))
+        assert (packed.segments.flat[span] == i).all() and start % 20 + len(sequence) <= 20
+    assert (packed.segments >= 0).sum() == sum(map(len, sequences))
+    with pytest.raises(UserError, match="21 tokens does not fit into a row of 20"):
+        pack([([1] * 21, [])], 20)
 
 
-def test_the_pretraining_stream_is_packed_with_little_waste_and_loses_no_document(world, tokenizer):
+def test_packing_a_trunk_and_its_branches_by_hand():
+    """The picture in the docstring of `pack`."""
+    packed = pack([([1, 2, 3], [[4, 5], [6, 7, 8]])], 10)
+    assert packed.tokens.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 0, 0]]
+    assert packed.positions.tolist() == [[0, 1, 2, 3, 4, 3, 4, 5, 0, 0]]
+    assert packed.branches.tolist() == [[0, 0, 0, 1, 1, 2, 2, 2, 0, 0]]
+    assert packed.segments.tolist() == [[0] * 8 + [-1] * 2] and packed.starts == [0]
+
+
+def test_the_pretraining_stream_is_packed_with_little_waste_and_loses_no_document(world,
+                                                                                  tokenizer):
     for seed in range(5):
-        tokens, _, segments, starts = pretraining_batch(world, tokenizer, random.Random(seed), 24, 128)
-        assert tokens.shape == (24, 128) and (segments >= 0).mean() > 0.95 and (starts >= 0).all()
+        packed = pretraining_batch(world, tokenizer, random.Random(seed), 24)
+        assert packed.tokens.shape == (24, 128) and (packed.segments >= 0).mean() > 0.95
+        assert min(packed.starts) >= 0
 
 
-# --- Files -----------------------------------------------------------------------------------------------------------------------
+# --- Files -------------------------------------------------------------------------------------
 
 
 def test_pairs_survive_the_trip_to_disk(world, tmp_path):
@@ -262,18 +277,18 @@ def test_pairs_survive_the_trip_to_disk(world, tmp_path):
 @pytest.mark.parametrize("line", ["not json", "[]", '{"clean": "a"}', '{"clean": "a", "wrapped": 3}', '{"clean": "", "wrapped": "b"}', ""])
 def test_a_line_that_is_no_pair_is_named_by_its_number(line, tmp_path):
     (tmp_path / "pairs.jsonl").write_text(f'{{"clean": "a", "wrapped": "b"}}\n{line}\n')
-    with pytest.raises(BadInput, match="pairs.jsonl, line 2 is no pair"):
+    with pytest.raises(UserError, match="pairs.jsonl, line 2 is no pair"):
         read_jsonl(tmp_path / "pairs.jsonl")
 
 
 def test_missing_or_empty_pairs_and_worlds_are_refused(tmp_path):
-    with pytest.raises(BadInput, match="cannot read the pairs"):
+    with pytest.raises(UserError, match="cannot read the pairs"):
         read_jsonl(tmp_path / "nothing.jsonl")
     (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(BadInput, match="holds no pairs"):
+    with pytest.raises(UserError, match="holds no pairs"):
         read_jsonl(tmp_path / "empty.jsonl")
-    with pytest.raises(BadInput, match="holds no world"):
+    with pytest.raises(UserError, match="holds no world"):
         load_world(tmp_path)
     (tmp_path / "world.json").write_text(json.dumps({"moons": 3}))
-    with pytest.raises(BadInput, match="holds no world"):
+    with pytest.raises(UserError, match="holds no world"):
         load_world(tmp_path)

@@ -5,6 +5,7 @@ import math
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,11 +16,12 @@ import torch
 import torch.nn.functional as F
 
 from conftest import tiny_gpt
-from data import IM_END, PAD, BadInput, document_tokens, pack
 from eval import (ARMS, CONTRASTS, ORDER, AttackConfig, ask, attack_step, attacks_on, ausc, best_of, blocks, choose, contrast, drift_kl, evaluate, fill,
                   mean_over_seeds, rate, respond, same_means, strongest, table, train_attacker, try_attacker, verdict, wilson)
 from model import GPT, GPTConfig
-from opct import next_tokens, packed_hidden, response_logp, reverse_kl, token_logp
+from opct import next_tokens, pack, packed_hidden, pick, reverse_kl, score
+from support.common import UserError
+from support.tokenizer import IM_END, PAD, document_tokens
 
 ROOT = Path(__file__).parent.parent
 ATTACKED = {"jailbreak_adaptive", "jailbreak_adaptive_mean", "jailbreak_adaptive_best_of"}      # what only an attack tells
@@ -107,7 +109,7 @@ def test_responses_come_back_in_the_order_of_their_prompts(tokenizer):
     assert together[0] == together[3] != together[1]
 
 
-# --- The attacker ---------------------------------------------------------------------------------------------------------------
+# --- The attacker ------------------------------------------------------------------------------
 
 def test_best_of_k_by_hand():
     """Two recipes, four attempts: one hit for the first, none for the second. The best of two draws of four meets the hit in half."""
@@ -129,10 +131,10 @@ def test_an_update_of_the_attacker_is_grpo_with_the_gradient_of_the_reverse_kl(k
     got = [p.grad.clone() for p in attacker.parameters()]
     attacker.zero_grad()
     wanted, response, mask, _ = ask(attacker, tokenizer, [name for name in names for _ in range(4)], (0, "ask", 3))
-    logp, logp_start = (response_logp(m, wanted, response, mask) for m in (attacker, start))
+    logp, logp_start = (score(m, wanted, response, mask) for m in (attacker, start))
     weight = torch.tensor([3, -1, -1, -1, 0, 0, 0, 0], dtype=torch.float64) / 4 / (1 / 2 + 1e-4)      # the first group's deviation is 1/2
-    per_response = token_logp(logp, response, mask).sum(1)
-    ((-weight * per_response).sum() / n + kl * reverse_kl(logp, logp_start.detach()).sum() / n).backward()
+    each = weight[:, None].expand_as(mask)[mask]
+    ((-each * pick(logp, response[mask])).sum() / n + kl * reverse_kl(logp, logp_start.detach()).sum() / n).backward()
     assert any(g.abs().max() > 1e-3 for g in got)
     for mine, p in zip(got, attacker.parameters()):
         assert torch.allclose(mine, p.grad, rtol=1e-5, atol=1e-8)
@@ -146,8 +148,9 @@ def a_user(world, tokenizer):
                           num_key_value_heads=1, eos_token_id=tokenizer.encode_single_token(IM_END), pad_token_id=tokenizer.encode_single_token(PAD)))
     optimizer, rng = torch.optim.AdamW(model.parameters(), lr=3e-3), random.Random(0)
     for _ in range(250):
-        *rows, _ = pack([document_tokens(tokenizer, *world.an_asking_user(rng)) for _ in range(48)], 128)
-        loss = F.cross_entropy(model.lm_head(packed_hidden(model, *rows)), next_tokens(rows[0], rows[2]).flatten(), ignore_index=-1)
+        packed = pack([(document_tokens(tokenizer, *world.an_asking_user(rng)), []) for _ in range(48)])
+        logits = model.lm_head(packed_hidden(model, packed))
+        loss = F.cross_entropy(logits, next_tokens(packed).flatten(), ignore_index=-1)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -195,7 +198,7 @@ def test_attacks_with_unequal_means_are_neither_compared_nor_averaged():
     same_means({})
     for found in ({"base": [attack(4)], "opct": [attack(4), attack(4)]}, {"base": [attack(4)], "opct": [attack(5)]},
                   {"base": [attack(4), attack(5)], "opct": [attack(4), attack(5)]}, {"opct": [attack(4), attack(5)]}):
-        with pytest.raises(BadInput, match=r"opct: \d attackers with"):
+        with pytest.raises(UserError, match=r"opct: \d attackers with"):
             same_means(found)
 
 
@@ -204,10 +207,10 @@ def test_an_attacker_without_success_stays_where_it_started(a_user, world, token
     never = lambda names, prompts, seed: [False] * len(names)
     train_attacker(attacker, tokenizer, world.forbidden[:4], never, AttackConfig(target=str(tmp_path), steps=6, group=8))
     wanted, response, mask, _ = ask(attacker, tokenizer, world.forbidden, (1,))
-    assert reverse_kl(*(response_logp(m, wanted, response, mask) for m in (attacker, a_user))).mean() < 1e-3
+    assert reverse_kl(*(score(m, wanted, response, mask) for m in (attacker, a_user))).mean() < 1e-3
 
 
-# --- The study ------------------------------------------------------------------------------------------------------------------
+# --- The study ---------------------------------------------------------------------------------
 
 def test_the_mean_over_seeds_by_hand():
     """Values 1, 2, 3: mean 2, standard error 1 / sqrt(3), Student's t with 2 degrees of freedom 4.30."""
@@ -247,7 +250,7 @@ def test_the_learning_rate_is_chosen_by_the_criterion():
 
 
 def test_a_readme_without_its_markers_and_a_folder_without_a_study(tmp_path):
-    with pytest.raises(BadInput, match="0 places between <!-- seed_0 -->"):
+    with pytest.raises(UserError, match="0 places between <!-- seed_0 -->"):
         fill("no markers", ROOT / "results")
     text = (ROOT / "README.md").read_text()
     emptied = re.sub(r"<!-- (\w+) -->\n.*?\n<!-- end -->", r"<!-- \1 -->\n<!-- end -->", text, flags=re.S)
@@ -261,6 +264,7 @@ def test_the_study_at_its_smallest(tmp_path):
     """`bash train.sh study smoke` in a copy of the repository; given again, it repeats no run."""
     for name in ("data.py", "model.py", "opct.py", "eval.py", "train.sh"):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    shutil.copytree(ROOT / "support", tmp_path / "support")
     this_python_first = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     study = lambda: subprocess.run(["bash", "train.sh", "study", "smoke"], cwd=tmp_path, capture_output=True, text=True, env=this_python_first)
     first = study()
@@ -295,6 +299,7 @@ def test_the_smoke_pipeline(tmp_path):
     """`bash train.sh smoke` in a copy of the repository: every stage, then the same command again, which repeats nothing."""
     for name in ("data.py", "model.py", "opct.py", "eval.py", "train.sh"):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    shutil.copytree(ROOT / "support", tmp_path / "support")
     this_python_first = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     def smoke():
         return subprocess.run(["bash", "train.sh", "smoke"], cwd=tmp_path, capture_output=True, text=True, env=this_python_first)

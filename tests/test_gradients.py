@@ -1,9 +1,10 @@
 """
-The gradients of the objectives, in float64 and without sampling noise: expectations are taken by enumeration.
+The gradients of the objectives, in float64 and without sampling noise: by enumeration.
 
-The first half is the table of gradient identities, the traps included. p is the student's distribution over five tokens,
-q the teacher's; an update that is coded for the sampled token v has the expected gradient sum_v p_v grad(update_v), the
-p_v of the expectation being where the sample comes from and not differentiated.
+The first half is the table of gradient identities, the traps included. p is the student's
+distribution over five tokens, q the teacher's. An update that is coded for the sampled token v
+has the expected gradient sum_v p_v grad(update_v); that p_v says where the sample comes from and
+is not differentiated.
 """
 import copy
 from itertools import product
@@ -13,11 +14,14 @@ import torch
 
 from conftest import tiny_gpt
 from model import generate
-from opct import (ConsistencyConfig, Pairs, advantage, cross_entropy, forward_kl, opct_step, policy_gradient, response_logp,
-                  reverse_kl, sft_step, token_logp)
+from opct import (ConsistencyConfig, Pairs, advantage, cross_entropy, forward_kl, opct_step, pick,
+                  policy_gradient, reverse_kl, score, sft_step)
 
 torch.manual_seed(0)
-THETA, Q = torch.randn(5, dtype=torch.float64), torch.randn(5, dtype=torch.float64).log_softmax(-1)
+THETA = torch.randn(5, dtype=torch.float64)
+Q = torch.randn(5, dtype=torch.float64).log_softmax(-1)
+ZERO = torch.zeros(5, dtype=torch.float64)
+STEPS = [(opct_step, "exact"), (opct_step, "sampled"), (sft_step, "exact"), (sft_step, "sampled")]
 
 
 def gradient(scalar_of_logp):
@@ -31,9 +35,10 @@ def expected_gradient(update, sampled_from=THETA.softmax(-1)):
     return gradient(lambda logp: sum(sampled_from[v] * update(logp[v], Q[v]) for v in range(5)))
 
 
-REVERSE = gradient(lambda logp: (logp.exp() * (logp - Q)).sum())        # written out once more, as the formula stands
+# The two KLs, written out once more as the formulas stand.
+REVERSE = gradient(lambda logp: (logp.exp() * (logp - Q)).sum())
 FORWARD = gradient(lambda logp: (Q.exp() * (Q - logp)).sum())
-assert (REVERSE - FORWARD).abs().max() > 0.1, "the two must differ, or no test below could tell them apart"
+assert (REVERSE - FORWARD).abs().max() > 0.1, "if they were equal, no test below could fail"
 
 
 def same(a, b):
@@ -42,8 +47,10 @@ def same(a, b):
 
 def one_token(logp_student, logp_teacher, gamma=0.0):
     """The sampled-token update of `opct_step` for a response of one token."""
-    student, teacher, mask = logp_student.view(1, 1), logp_teacher.view(1, 1), torch.ones(1, 1, dtype=torch.bool)
-    return policy_gradient(student, student.detach(), advantage(student, teacher, mask, gamma)).sum()
+    student, teacher = logp_student.view(1), logp_teacher.view(1)
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    return policy_gradient(student, student.detach(),
+                           advantage(student, teacher, mask, gamma)).sum()
 
 
 def test_the_exact_objective_is_the_reverse_kl_in_value_and_gradient():
@@ -53,7 +60,7 @@ def test_the_exact_objective_is_the_reverse_kl_in_value_and_gradient():
     assert same(reverse_kl(p.log(), Q), by_hand)
 
 
-def test_the_soft_sft_objective_is_the_forward_kl():
+def test_the_exact_sft_objective_is_the_forward_kl():
     assert same(gradient(lambda logp: forward_kl(logp, Q)), FORWARD)
 
 
@@ -66,10 +73,14 @@ def test_k1_as_an_advantage_is_the_reverse_kl_unbiased():
 
 
 def test_k1_with_the_ratio_is_unbiased_where_the_sampler_is_an_older_student():
-    older = (THETA + torch.tensor([0.3, -0.2, 0.5, 0.0, -0.4], dtype=torch.float64)).log_softmax(-1)
-    def update(logp, v):                                    # A_t from the student as it is, the ratio corrects the sampling
+    moved = torch.tensor([0.3, -0.2, 0.5, 0.0, -0.4], dtype=torch.float64)
+    older = (THETA + moved).log_softmax(-1)
+
+    def update(logp, v):        # A_t from the student as it is; the ratio corrects the sampling
         return policy_gradient(logp[v], older[v], -(logp[v] - Q[v]).detach())
-    assert same(gradient(lambda logp: sum(older[v].exp() * update(logp, v) for v in range(5))), REVERSE)
+
+    found = gradient(lambda logp: sum(older[v].exp() * update(logp, v) for v in range(5)))
+    assert same(found, REVERSE)
 
 
 def test_k2_as_a_loss_is_the_reverse_kl():
@@ -77,7 +88,7 @@ def test_k2_as_a_loss_is_the_reverse_kl():
 
 
 def test_trap_k1_as_a_loss_has_no_gradient():
-    assert same(expected_gradient(lambda p, q: p - q), torch.zeros(5, dtype=torch.float64))
+    assert same(expected_gradient(lambda p, q: p - q), ZERO)
 
 
 def test_trap_k3_as_a_loss_is_the_forward_kl():
@@ -89,12 +100,14 @@ def test_trap_the_kl_itself_as_an_advantage_has_no_gradient(top):
     p = THETA.log_softmax(-1)
     best = p.topk(top).indices
     kl = (p[best].exp() * (p[best] - Q[best])).sum()
-    assert same(expected_gradient(lambda logp, q: policy_gradient(logp, logp.detach(), -kl)), torch.zeros(5, dtype=torch.float64))
+    found = expected_gradient(lambda logp, q: policy_gradient(logp, logp.detach(), -kl))
+    assert same(found, ZERO)
 
 
 @pytest.mark.parametrize("kl", [reverse_kl, forward_kl])
 def test_where_student_and_teacher_agree_the_gradient_is_zero_to_the_last_bit(kl):
-    """In float32 the plain sum of p (log p - log q) leaves rounding, and Adam makes a full step of it: clean-to-clean training drifted."""
+    """In float32 the plain sum of p (log p - log q) leaves rounding noise, and Adam makes a full
+    step of it: clean-to-clean training drifted."""
     torch.manual_seed(0)
     logits = torch.randn(100, 850, requires_grad=True)
     logp = logits.log_softmax(-1)
@@ -104,10 +117,11 @@ def test_where_student_and_teacher_agree_the_gradient_is_zero_to_the_last_bit(kl
 
 
 def test_trap_the_top_of_the_vocabulary_alone_is_biased_and_can_be_negative():
+    def partial(logp_student, logp_teacher):
+        return (logp_student.exp() * (logp_student - logp_teacher)).sum()
+
     best = THETA.topk(3).indices
-    partial = lambda logp_student, logp_teacher: (logp_student.exp() * (logp_student - logp_teacher)).sum()
-    part = lambda logp: partial(logp[best], Q[best])
-    assert (gradient(part) - REVERSE).abs().max() > 0.01
+    assert (gradient(lambda logp: partial(logp[best], Q[best])) - REVERSE).abs().max() > 0.01
     student = torch.tensor([0.3, 0.3, 0.4], dtype=torch.float64).log()
     teacher = torch.tensor([0.45, 0.45, 0.1], dtype=torch.float64).log()
     assert reverse_kl(student, teacher) > 0 > partial(student[:2], teacher[:2])
@@ -115,31 +129,35 @@ def test_trap_the_top_of_the_vocabulary_alone_is_biased_and_can_be_negative():
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_trap_greedy_or_sharpened_samples_are_biased(temperature):
-    sampler = (THETA / temperature).softmax(-1) if temperature else torch.nn.functional.one_hot(THETA.argmax(), 5).double()
+    sampler = torch.nn.functional.one_hot(THETA.argmax(), 5).double()
+    if temperature:
+        sampler = (THETA / temperature).softmax(-1)
     assert (expected_gradient(one_token, sampled_from=sampler) - REVERSE).abs().max() > 0.01
 
 
 def test_gradcheck():
-    """PyTorch's own check, by finite differences, of every objective that is differentiated."""
+    """PyTorch's own check, by finite differences, of every objective."""
     a = torch.randn(2, 3, 5, dtype=torch.float64).requires_grad_()
     b = torch.randn(2, 3, 5, dtype=torch.float64).log_softmax(-1)
     for objective in (reverse_kl, forward_kl):
         assert torch.autograd.gradcheck(lambda x: objective(x.log_softmax(-1), b), a)
     weights = torch.randn(2, 3, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda x: cross_entropy(x.log_softmax(-1)[..., 0]), a)
-    assert torch.autograd.gradcheck(lambda x: policy_gradient(x.log_softmax(-1)[..., 0], b[..., 0], weights), a)
+    assert torch.autograd.gradcheck(
+        lambda x: policy_gradient(x.log_softmax(-1)[..., 0], b[..., 0], weights), a)
 
 
 def test_advantage_by_hand():
     """Two responses, the second one token shorter: Delta = (1, -2, 3) and (0.5, 4)."""
-    student = torch.tensor([[1.0, -2.0, 3.0], [0.5, 4.0, 9.0]])
+    student = torch.tensor([1.0, -2.0, 3.0, 0.5, 4.0])
     mask = torch.tensor([[True, True, True], [True, True, False]])
-    for gamma, expected in ((0.0, [[-1, 2, -3], [-0.5, -4, 0]]), (0.5, [[-0.75, 0.5, -3], [-2.5, -4, 0]]), (1.0, [[-2, -1, -3], [-4.5, -4, 0]])):
-        assert torch.equal(advantage(student, torch.zeros(2, 3), mask, gamma), torch.tensor(expected))
-    assert torch.equal(advantage(student, student * 0, mask, 0.0, lam=2.0), 2 * advantage(student, student * 0, mask, 0.0))
+    for gamma, expected in ((0.0, [-1, 2, -3, -0.5, -4]), (0.5, [-0.75, 0.5, -3, -2.5, -4]),
+                            (1.0, [-2, -1, -3, -4.5, -4])):
+        found = advantage(student, torch.zeros(5), mask, gamma)
+        assert torch.equal(found, torch.tensor(expected))
 
 
-# --- Whole responses of a real, tiny model ----------------------------------------------------------------------------------------
+# --- Whole responses of a real, tiny model -----------------------------------------------------
 
 LIMIT, END = 3, 4
 WRAPPED, CLEAN = [0, 1, 2, 1], [0, 1]
@@ -147,7 +165,7 @@ WRAPPED, CLEAN = [0, 1, 2, 1], [0, 1]
 
 @pytest.fixture(scope="module")
 def models():
-    student = tiny_gpt(vocab=6)                             # tokens 0..3, the end token 4, padding 5
+    student = tiny_gpt(vocab=6)                             # tokens 0..3, end token 4, padding 5
     teacher = copy.deepcopy(student).requires_grad_(False)
     with torch.no_grad():
         for p in student.parameters():
@@ -157,101 +175,130 @@ def models():
 
 @pytest.fixture(scope="module")
 def everything(models):
-    """Every response that can be sampled: those that end within the limit and those that are cut there. Padding, which the
-    model may say as well, is a token like any other here. Returns the mask and the log-probabilities of both models:
-    over the vocabulary (B, T, V), and of the tokens themselves (B, T)."""
-    rows = [y for n in range(1, LIMIT + 1) for y in product(range(6), repeat=n) if END not in y[:-1] and (y[-1] == END or n == LIMIT)]
+    """Every response that can be sampled: those that end in time and those that are cut. Padding,
+    which the model may say as well, is a token like any other here. Returns the mask (B, T), the
+    log-probabilities of both models over the vocabulary, (N, V), and of the tokens, (N,)."""
+    rows = [y for n in range(1, LIMIT + 1) for y in product(range(6), repeat=n)
+            if END not in y[:-1] and (y[-1] == END or n == LIMIT)]
     response = torch.tensor([list(y) + [5] * (LIMIT - len(y)) for y in rows])
     mask = torch.tensor([[True] * len(y) + [False] * (LIMIT - len(y)) for y in rows])
     student, teacher = models
-    def spread(logp):                                       # (N, V) -> (B, T, V)
-        return torch.zeros(*mask.shape, 6, dtype=logp.dtype).masked_scatter(mask[..., None], logp)
-    p = response_logp(student, [WRAPPED] * len(rows), response, mask)
-    q = response_logp(teacher, [CLEAN] * len(rows), response, mask)
-    return mask, spread(p), spread(q), token_logp(p, response, mask), token_logp(q, response, mask)
+    p = score(student, [WRAPPED] * len(rows), response, mask)
+    q = score(teacher, [CLEAN] * len(rows), response, mask)
+    return mask, p, q, pick(p, response[mask]), pick(q, response[mask])
+
+
+def of_response(mask, values):
+    """Sums token values (N,) over each response: (B,)."""
+    return torch.zeros(mask.shape, dtype=values.dtype).masked_scatter(mask, values).sum(1)
 
 
 def gradients(model, scalar):
-    return torch.cat([g.flatten() for g in torch.autograd.grad(scalar, list(model.parameters()), retain_graph=True)])
+    parameters = list(model.parameters())
+    grads = torch.autograd.grad(scalar, parameters, retain_graph=True)
+    return torch.cat([g.flatten() for g in grads])
 
 
 def test_the_enumeration_is_complete(everything):
-    _, _, _, p_y, q_y = everything
+    mask, _, _, p_y, q_y = everything
     for logp in (p_y, q_y):
-        assert abs(logp.sum(1).exp().sum().item() - 1) < 1e-12
+        assert abs(of_response(mask, logp).exp().sum().item() - 1) < 1e-12
 
 
 @pytest.mark.parametrize("gamma", [0.0, 1.0])
 def test_what_the_sampled_update_minimises(models, everything, gamma):
-    """gamma = 1: the KL between whole responses. gamma = 0: the sum over prefixes of the KL at the next token, the prefix
-    held fixed - which is also what the exact objective minimises."""
+    """gamma = 1: the KL between whole responses. gamma = 0: the sum over prefixes of the KL at
+    the next token, the prefix held fixed, which is also what the exact objective minimises."""
     student = models[0]
     mask, p, q, p_y, q_y = everything
-    weight = p_y.sum(1).exp().detach()                      # how often each response is sampled
-    update = (weight[:, None] * policy_gradient(p_y, p_y.detach(), advantage(p_y, q_y, mask, gamma)) * mask).sum()
-    exact = (weight[:, None] * reverse_kl(p, q)).sum()
-    whole = (p_y.sum(1).exp() * (p_y - q_y).sum(1)).sum()
-    assert abs(exact.item() - whole.item()) < 1e-12         # the chain rule: the same number, and yet
+    weight = of_response(mask, p_y).exp().detach()          # how often each response is sampled
+    each = weight[:, None].expand_as(mask)[mask]            # the same for each of its tokens
+    update = (each * policy_gradient(p_y, p_y.detach(), advantage(p_y, q_y, mask, gamma))).sum()
+    exact = (each * reverse_kl(p, q)).sum()
+    whole = (of_response(mask, p_y).exp() * of_response(mask, p_y - q_y)).sum()
+    assert abs(exact.item() - whole.item()) < 1e-12         # the chain rule: one number, and yet
     assert (gradients(student, exact) - gradients(student, whole)).abs().max() > 1e-3
     target = whole if gamma else exact
-    assert torch.allclose(gradients(student, update), gradients(student, target), rtol=1e-9, atol=1e-11)
+    assert torch.allclose(gradients(student, update), gradients(student, target), rtol=1e-9,
+                          atol=1e-11)
+
+
+def opct_exact(p, q, token):
+    return (p.exp() * (p - q)).sum()
+
+
+def opct_sampled(p, q, token):
+    return (p[token] - q[token]).detach() * (p[token] - p[token].detach()).exp()
+
+
+def sft_exact(p, q, token):
+    return (q.exp() * (q - p)).sum()
+
+
+def sft_sampled(p, q, token):
+    return -p[token]
+
+
+FORMULAS = {(opct_step, "exact"): opct_exact, (opct_step, "sampled"): opct_sampled,
+            (sft_step, "exact"): sft_exact, (sft_step, "sampled"): sft_sampled}
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
-@pytest.mark.parametrize("step, objective", [(opct_step, "exact"), (opct_step, "sampled"), (sft_step, "exact"), (sft_step, "sampled")])
-def test_the_steps_take_the_mean_over_responses_of_the_sum_over_tokens(models, step, objective, device):
-    """Each step's loss and gradient against its formula, written out over the response that the step works on."""
+@pytest.mark.parametrize("step, loss", STEPS)
+def test_the_steps_take_the_mean_over_responses_of_the_sum_over_tokens(models, step, loss, device):
+    """Each step's loss and gradient against its formula, token by token over the response."""
     student, teacher = (copy.deepcopy(model).to(device) for model in models)
     wrapped, clean = [WRAPPED, [3, 2], WRAPPED], [CLEAN, [3], CLEAN]
     sampler, prompts = (student, wrapped) if step is opct_step else (teacher, clean)
     response, mask = generate(sampler, prompts, 8, generator=torch.Generator().manual_seed(5))
-    config = ConsistencyConfig(objective=objective, max_new_tokens=8)
-    pairs = Pairs(clean, wrapped, response, mask, noise=torch.rand(3, 8, generator=torch.Generator().manual_seed(5)))
-    loss, sums = step(student, teacher, pairs, config)
+    config = ConsistencyConfig(loss=loss, max_new_tokens=8)
+    noise = torch.rand(3, 8, generator=torch.Generator().manual_seed(5))
+    found, values = step(student, teacher, Pairs(clean, wrapped, response, mask, noise), config)
     expected = 0.0
     for i in range(3):
         y = response[i, :mask[i].sum()].tolist()
         for t, token in enumerate(y):
             p = student(torch.tensor([wrapped[i] + y[:t]], device=device))[0, -1].log_softmax(-1)
             q = teacher(torch.tensor([clean[i] + y[:t]], device=device))[0, -1].log_softmax(-1)
-            expected = expected + {
-                (opct_step, "exact"): lambda: (p.exp() * (p - q)).sum(), (sft_step, "exact"): lambda: (q.exp() * (q - p)).sum(),
-                (opct_step, "sampled"): lambda: (p[token] - q[token]).detach() * (p[token] - p[token].detach()).exp(),
-                (sft_step, "sampled"): lambda: -p[token]}[step, objective]() / 3
-    assert abs(loss.item() - expected.item()) < 1e-12 and sums["tokens"] == mask.sum()
-    assert torch.allclose(gradients(student, loss), gradients(student, expected), rtol=1e-9, atol=1e-12)
+            expected = expected + FORMULAS[step, loss](p, q, token) / 3
+    assert abs(found.item() - expected.item()) < 1e-12 and values["tokens"] == mask.sum()
+    assert torch.allclose(gradients(student, found), gradients(student, expected), rtol=1e-9,
+                          atol=1e-12)
 
 
-@pytest.mark.parametrize("objective", ["exact", "sampled"])
-def test_same_prompt_and_same_weights_leave_nothing_to_learn(models, objective):
-    """A dropout left on, a teacher that is not the run-start copy or rows that are out of line would all show here."""
+@pytest.mark.parametrize("loss", ["exact", "sampled"])
+def test_same_prompt_and_same_weights_leave_nothing_to_learn(models, loss):
+    """A dropout left on, a teacher that is not the run-start copy or rows that are out of line
+    would all show here."""
     teacher = models[1]
     student = copy.deepcopy(teacher).requires_grad_(True)
     prompts = [WRAPPED, [3, 2], CLEAN]
-    loss, sums = opct_step(student, teacher, Pairs(prompts, prompts), ConsistencyConfig(objective=objective, max_new_tokens=8))
-    assert abs(loss.item()) < 1e-12 and sums["kl_exact"] < 1e-12
-    assert gradients(student, loss).abs().max() < 1e-12
+    found, values = opct_step(student, teacher, Pairs(prompts, prompts),
+                              ConsistencyConfig(loss=loss, max_new_tokens=8))
+    assert abs(found.item()) < 1e-12 and values["kl_exact"].sum() < 1e-12
+    assert gradients(student, found).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("step, objective", [(opct_step, "exact"), (opct_step, "sampled"), (sft_step, "exact"), (sft_step, "sampled")])
-def test_the_teacher_gets_no_gradient_and_the_student_gets_one_in_every_weight(models, step, objective):
+@pytest.mark.parametrize("step, loss", STEPS)
+def test_the_teacher_gets_no_gradient_and_the_student_gets_one_in_every_weight(models, step, loss):
     student, teacher = models[0], copy.deepcopy(models[1]).requires_grad_(True)
     response, mask = torch.tensor([[1, 2, END]]), torch.tensor([[True, True, True]])
     pairs = Pairs([CLEAN], [WRAPPED], response, mask)
     student.zero_grad()
-    step(student, teacher, pairs, ConsistencyConfig(objective=objective, max_new_tokens=8))[0].backward()
+    step(student, teacher, pairs, ConsistencyConfig(loss=loss, max_new_tokens=8))[0].backward()
     assert all(p.grad is None for p in teacher.parameters())
     assert all(p.grad.abs().max() > 0 for p in student.parameters())
 
 
 def test_prompt_and_padding_do_not_count_and_the_end_token_does_once(models):
-    """Stories of public code: the end token masked out because it was the padding, prompt tokens inside the mean."""
+    """Stories of public code: the end token masked out because it was the padding, prompt tokens
+    inside the mean."""
     student, _ = models
     response, mask = torch.tensor([[1, END, 5, 5]]), torch.tensor([[True, True, False, False]])
-    logp = response_logp(student, [WRAPPED], response, mask)
-    assert logp.shape == (2, 6)                             # the token 1 and the end token, nothing else
-    assert torch.allclose(token_logp(logp, response, mask)[0, 1], student(torch.tensor([WRAPPED + [1]]))[0, -1].log_softmax(-1)[END])
+    logp = score(student, [WRAPPED], response, mask)
+    assert logp.shape == (2, 6)                             # the token 1 and the end token
     other = torch.tensor([[1, END, 3, 0]])                  # whatever stands in the padding
-    assert torch.equal(response_logp(student, [WRAPPED], other, mask), logp)
+    assert torch.equal(score(student, [WRAPPED], other, mask), logp)
     alone = student(torch.tensor([WRAPPED + [1]]))[0, -2:].log_softmax(-1)
     assert torch.allclose(logp, alone, rtol=1e-12, atol=1e-12)
+    assert torch.allclose(pick(logp, response[mask])[1], alone[1, END])

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from conftest import tiny_gpt
-from data import pack
-from model import ARCHITECTURES, LOOK_EVERY, CannotRun, generate, load_checkpoint, pick_device, rotate, sample, save_checkpoint
-from opct import pack_responses, packed_hidden, response_logp, token_logp
+from model import (ARCHITECTURES, CHECK_EVERY, generate, load_checkpoint, rotate, sample,
+                   save_checkpoint)
+from opct import pack, packed_hidden, pick, score
+from support.common import UserError, pick_device
 
 FAMILIES = list(ARCHITECTURES)
 
@@ -100,7 +101,7 @@ def test_looking_seldom_at_who_has_ended_changes_no_response(monkeypatch):
     args = dict(noise=torch.rand(100, 40, generator=torch.Generator().manual_seed(4)))
     expected = as_lists(*generate(model, prompts, 40, **args))
     for every in (7, 16, 100):
-        monkeypatch.setitem(LOOK_EVERY, "cpu", every)
+        monkeypatch.setitem(CHECK_EVERY, "cpu", every)
         assert as_lists(*generate(model, prompts, 40, **args)) == expected
 
 
@@ -151,10 +152,10 @@ def test_rotary_positions_by_hand():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_sequences_have_the_logits_they_have_alone(family):
     model, sequences = tiny_gpt(family=family), [p for p in prompts_of_many_lengths(20, 7)]
-    *rows, starts = pack(sequences, 16)
-    hidden = packed_hidden(model, *rows)
-    assert len(rows[0]) < len(sequences)
-    for start, sequence in zip(starts, sequences):
+    packed = pack([(sequence, []) for sequence in sequences], 16)
+    hidden = packed_hidden(model, packed)
+    assert len(packed.tokens) < len(sequences)
+    for start, sequence in zip(packed.starts, sequences):
         assert torch.allclose(hidden[start:start + len(sequence)], model.model(torch.tensor([sequence]))[0], rtol=1e-11, atol=1e-12)
 
 
@@ -196,18 +197,26 @@ def test_scoring_agrees_with_sampling():
     """Seen from the scorer, the greedy response's tokens are the likeliest ones: the two see the same model."""
     model, prompts = tiny_gpt(vocab=11), prompts_of_many_lengths(30, 11)
     response, mask = generate(model, prompts, 10, temperature=0)
-    logp = response_logp(model, prompts, response, mask)
-    assert torch.equal(token_logp(logp, response, mask)[mask], logp.max(-1).values)
+    logp = score(model, prompts, response, mask)
+    assert torch.equal(pick(logp, response[mask]), logp.max(-1).values)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_responses_that_share_their_prompt_are_scored_as_if_alone(family):
+def test_responses_that_share_their_prompt_are_scored_as_if_alone(family, monkeypatch):
     """Each prompt three times, in mixed order: packed it stands once, and its responses must not see one another."""
     model, prompts = tiny_gpt(vocab=11, family=family), prompts_of_many_lengths(5, 11) * 3
     response, mask = generate(model, prompts, 10, generator=torch.Generator().manual_seed(0))
-    tokens, *_ = pack_responses(prompts, [row[keep].tolist() for row, keep in zip(response, mask)])
-    assert tokens.size < 2 * (mask.sum() + sum(map(len, prompts[:5])))                  # rows that hold each prompt three times are more
-    together = response_logp(model, prompts, response, mask).split(mask.sum(1).tolist())
+    sizes, model_forward = [], model.model.forward
+
+    def counted(idx, *rest):
+        sizes.append(idx.numel())
+        return model_forward(idx, *rest)
+
+    monkeypatch.setattr(model.model, "forward", counted)
+    together = score(model, prompts, response, mask).split(mask.sum(1).tolist())
+    monkeypatch.undo()
+    # Rows that held each prompt three times would be larger.
+    assert sizes[0] < 2 * (mask.sum() + sum(map(len, prompts[:5])))
     for i, logp in enumerate(together):
         sequence = prompts[i] + response[i][mask[i]].tolist()
         alone = model(torch.tensor([sequence]))[0, len(prompts[i]) - 1:-1].log_softmax(-1)
@@ -268,7 +277,7 @@ def test_a_checkpoint_that_is_damaged_or_of_another_kind_is_refused(kind, messag
     """An unknown architecture once gave a silent loss of zero."""
     save_checkpoint(tiny_gpt(dtype=torch.float32), tmp_path)
     damage(tmp_path, kind)
-    with pytest.raises(CannotRun, match=message):
+    with pytest.raises(UserError, match=message):
         load_checkpoint(tmp_path)
 
 
@@ -276,10 +285,10 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert pick_device() == torch.device("cuda") and pick_device("cuda:1") == torch.device("cuda:1")
-    with pytest.raises(CannotRun, match="cuda:2 is not there"):
+    with pytest.raises(UserError, match="cuda:2 is not there"):
         pick_device("cuda:2")
     monkeypatch.setenv("LOCAL_RANK", "2")                   # torchrun with more processes than devices
-    with pytest.raises(CannotRun, match="cuda:2 is not there"):
+    with pytest.raises(UserError, match="cuda:2 is not there"):
         pick_device()
 
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from conftest import tiny_gpt
-from model import load_checkpoint
-from opct import ConsistencyConfig, PretrainConfig, learning_rate, load_state, save_state, train, weights_hash
+from model import load_checkpoint, save_checkpoint
+from opct import ConsistencyConfig, PretrainConfig, learning_rate, train
+from support.common import load_state, save_state, weights_hash
 
 ROOT = Path(__file__).parent.parent
 TINY_WORLD = "--cities 12 --lands 4 --recipes 6 --things 12 --pairs 6 --tests 6".split()
@@ -30,33 +31,46 @@ def run(*args, **options):
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A tiny world and a base model that knows next to nothing: enough for everything but the science."""
+    """A tiny world and a base model that knows next to nothing: enough for all but the science."""
     home = tmp_path_factory.mktemp("home")
-    for args in (["data.py", "--out", home / "world", *TINY_WORLD], ["opct.py", *PRETRAIN, "--world", home / "world", "--out", home / "base"]):
+    world, base = ["--world", home / "world"], ["--out", home / "base"]
+    for args in (["data.py", "--out", home / "world", *TINY_WORLD],
+                 ["opct.py", *PRETRAIN, *world, *base]):
         done = run(*args)
         assert done.returncode == 0, done.stderr
     return home
 
 
+def read_log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
 def stage(home, name):
     if name == "pretrain":
         return ["opct.py", *PRETRAIN, "--world", home / "world"]
-    return ["opct.py", *name.split(), *CONSISTENCY, "--base", home / "base", "--pairs", home / "world/train.jsonl"]
+    return ["opct.py", *name.split(), *CONSISTENCY, "--base", home / "base",
+            "--pairs", home / "world/train.jsonl"]
 
 
-# --- Learning --------------------------------------------------------------------------------------------------------------------
+# --- Learning ----------------------------------------------------------------------------------
 
 
 def test_one_batch_can_be_overfitted(tmp_path):
-    """Model, loss and loop together: eight random sequences, which nothing but memory can predict, from 1.5 nats to under 0.05."""
+    """Model, loss and loop together: eight random sequences, which nothing but memory can
+    predict, from 1.5 nats to under 0.05."""
     torch.manual_seed(0)
-    model, idx = tiny_gpt(vocab=7, dtype=torch.float32, hidden_size=32), torch.randint(0, 7, (8, 12))
+    model = tiny_gpt(vocab=7, dtype=torch.float32, hidden_size=32)
+    idx = torch.randint(0, 7, (8, 12))
     losses = []
+
     def loss_of(step):
-        # The first three tokens may be those of another row too, which leaves open what follows them.
-        losses.append(torch.nn.functional.cross_entropy(model(idx[:, :-1])[:, 3:].flatten(0, 1), idx[:, 4:].flatten()))
+        # Two rows may begin with the same three tokens, which leaves open what follows them.
+        logits = model(idx[:, :-1])[:, 3:].flatten(0, 1)
+        losses.append(torch.nn.functional.cross_entropy(logits, idx[:, 4:].flatten()))
         return losses[-1], {"tokens": torch.tensor(idx.numel())}
-    train(model, loss_of, PretrainConfig(out=str(tmp_path), steps=400, lr=1e-2), [torch.optim.AdamW(model.parameters(), weight_decay=0.0)])
+
+    config = PretrainConfig(out=str(tmp_path), steps=400, lr=1e-2)
+    train(model, loss_of, config, [torch.optim.AdamW(model.parameters(), weight_decay=0.0)])
     assert losses[0] > 1.5 and losses[-1] < 0.05
     assert load_checkpoint(tmp_path)(idx).allclose(model(idx))
 
@@ -64,16 +78,18 @@ def test_one_batch_can_be_overfitted(tmp_path):
 def test_the_learning_rate_rises_and_falls_in_straight_lines():
     config = PretrainConfig(steps=100, lr=1.0)
     rates = [learning_rate(s, config) for s in range(100)]
-    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0]) and rates[5] == 1.0 and rates[99] == pytest.approx(1 / 95)
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[5] == 1.0 and rates[99] == pytest.approx(1 / 95)
     assert learning_rate(0, PretrainConfig(steps=1, lr=1.0)) == 1.0
 
 
-@pytest.mark.parametrize("name", ["sft --objective sampled", "sft --objective exact", "opct --objective sampled", "opct --objective exact"])
+@pytest.mark.parametrize("name", ["sft --loss sampled", "sft --loss exact",
+                                  "opct --loss sampled", "opct --loss exact"])
 def test_every_arm_trains_and_logs(home, name):
     out = home / name.replace(" ", "")
     done = run(*stage(home, name), "--out", out)
     assert done.returncode == 0, done.stderr
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    log = read_log(out)
     assert [line["step"] for line in log] == list(range(6))
     assert set(log[0]) == {"step", "loss", "grad_norm", "lr", "kl_exact", "tokens", "seconds"}
     base, trained = load_checkpoint(home / "base"), load_checkpoint(out)
@@ -82,12 +98,13 @@ def test_every_arm_trains_and_logs(home, name):
     assert "clean " in done.stdout and "wrapped " in done.stdout and "response " in done.stdout
 
 
-# --- Killing and resuming --------------------------------------------------------------------------------------------------------
+# --- Killing and resuming ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["pretrain", "sft", "opct"])
 def test_a_killed_run_that_is_started_again_ends_bit_identical(home, name, tmp_path):
-    """kill -9 after the first saved state, then the same command again; on a CPU with the same number of threads."""
+    """kill -9 after the first saved state, then the same command again; on a CPU with the same
+    number of threads."""
     unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
     args = [*stage(home, name), "--device", "cpu", "--out"]
     assert run(*args, unbroken).returncode == 0
@@ -101,16 +118,20 @@ def test_a_killed_run_that_is_started_again_ends_bit_identical(home, name, tmp_p
     assert again.returncode == 0 and "going on from step" in again.stdout
     for file in ("model.safetensors", "config.json", "tiktoken.json", "run.json"):
         assert (unbroken / file).read_bytes() == (killed / file).read_bytes()
-    logs = [[{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in (f / "log.jsonl").read_text().splitlines()]
-            for f in (unbroken, killed)]
+    logs = [read_log(folder) for folder in (unbroken, killed)]
+    for line in logs[0] + logs[1]:
+        del line["seconds"]
     assert logs[0] == logs[1]                               # each step once, with the same numbers
-    assert sorted(p.name for p in killed.iterdir()) == ["config.json", "log.jsonl", "model.safetensors", "run.json", "tiktoken.json"]
+    assert sorted(p.name for p in killed.iterdir()) == [
+        "config.json", "log.jsonl", "model.safetensors", "run.json", "tiktoken.json"]
 
 
 def test_the_teacher_after_a_resume_is_the_one_of_the_start(home, tmp_path):
-    """A public code lost it: after a resume the half-trained student was the teacher, and the loss fell to zero at once."""
+    """A public code lost it: after a resume the half-trained student was the teacher, and the loss
+    fell to zero at once."""
     out = tmp_path / "run"
-    process = subprocess.Popen(command(*stage(home, "opct"), "--out", out), cwd=ROOT, stdout=subprocess.DEVNULL)
+    args = command(*stage(home, "opct"), "--out", out)
+    process = subprocess.Popen(args, cwd=ROOT, stdout=subprocess.DEVNULL)
     while not (out / "state.safetensors").exists() and process.poll() is None:
         time.sleep(0.002)
     process.kill()
@@ -120,7 +141,6 @@ def test_the_teacher_after_a_resume_is_the_one_of_the_start(home, tmp_path):
         other = load_checkpoint(home / "base")
         with torch.no_grad():
             other.model.norm.weight.add_(0.1)
-        from model import save_checkpoint
         save_checkpoint(other, home / "base")
         refused = run(*stage(home, "opct"), "--out", out)
     finally:
@@ -137,10 +157,13 @@ def test_a_state_that_comes_back_is_the_one_that_was_saved(tmp_path):
                 optimizer.step()
                 optimizer.zero_grad()
         return model, optimizers
+
     def fresh():
         model = tiny_gpt(dtype=torch.float32)
-        return model, [torch.optim.Muon([p for p in model.parameters() if p.dim() == 2]),
-                       torch.optim.AdamW([p for p in model.parameters() if p.dim() == 1], fused=True)]
+        matrices = [p for p in model.parameters() if p.dim() == 2]
+        others = [p for p in model.parameters() if p.dim() == 1]
+        return model, [torch.optim.Muon(matrices), torch.optim.AdamW(others, fused=True)]
+
     model, optimizers = after(3, *fresh())
     save_state(tmp_path, model, optimizers, 3)
     other, others = fresh()
@@ -155,19 +178,21 @@ def test_a_finished_run_says_so_and_does_nothing(home):
     assert (home / "base/model.safetensors").stat().st_mtime_ns == before
 
 
-# --- Several processes -----------------------------------------------------------------------------------------------------------
+# --- Several processes -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["pretrain", "sft", "opct --objective sampled"])
+@pytest.mark.parametrize("name", ["pretrain", "sft", "opct --loss sampled"])
 def test_two_processes_take_the_steps_of_one(home, name, tmp_path):
-    """The same global batch gives the same losses, and so the same steps, however many processes share it out. At a small rate:
-    Muon orthogonalises in bfloat16, where the last bit of a float32 sum can turn a rounding of the update around."""
+    """The same global batch gives the same losses, however many processes share it out. At a small
+    rate: Muon orthogonalises in bfloat16, where the last bit of a float32 sum can turn a rounding
+    of the update around."""
     logs = []
     for n in (1, 2):
-        done = run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", n, *stage(home, name), "--device", "cpu",
-                   "--lr", "3e-4", "--out", tmp_path / str(n))
+        done = run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", n,
+                   *stage(home, name), "--device", "cpu", "--lr", "3e-4", "--out",
+                   tmp_path / str(n))
         assert done.returncode == 0, done.stderr
-        logs.append([json.loads(line) for line in (tmp_path / str(n) / "log.jsonl").read_text().splitlines()])
+        logs.append(read_log(tmp_path / str(n)))
     assert len(logs[0]) == len(logs[1]) > 5
     for one, two in zip(*logs):
         assert one["tokens"] == two["tokens"] and one["step"] == two["step"]
@@ -175,7 +200,7 @@ def test_two_processes_take_the_steps_of_one(home, name, tmp_path):
             assert abs(one[figure] - two[figure]) < 1e-5 * max(1, abs(one[figure])), figure
 
 
-# --- Bad input -------------------------------------------------------------------------------------------------------------------
+# --- Bad input ---------------------------------------------------------------------------------
 
 
 def refused(done, *words):
@@ -186,24 +211,29 @@ def refused(done, *words):
 
 
 def test_nan_in_the_loss_stops_the_run_and_keeps_the_last_state(home, tmp_path):
-    done = run(*stage(home, "opct"), "--out", tmp_path / "run", "--lr", "1e30", "--save-every", "1")
+    out = tmp_path / "run"
+    done = run(*stage(home, "opct"), "--out", out, "--lr", "1e30", "--save-every", "1")
     refused(done, "at step 1: stopped", "smaller --lr")
-    assert (tmp_path / "run/state.safetensors").exists() and not (tmp_path / "run/model.safetensors").exists()
+    assert (out / "state.safetensors").exists() and not (out / "model.safetensors").exists()
 
 
 def test_other_settings_in_the_folder_of_another_run(home):
-    refused(run(*stage(home, "pretrain"), "--out", home / "base", "--lr", "0.1"), "holds a run with lr = ", "choose another --out")
+    done = run(*stage(home, "pretrain"), "--out", home / "base", "--lr", "0.1")
+    refused(done, "holds a run with lr = ", "choose another --out")
 
 
 def test_missing_and_damaged_checkpoints(home, tmp_path):
-    args = ["opct.py", "opct", "--pairs", home / "world/train.jsonl", "--out", tmp_path / "run", "--base"]
+    args = ["opct.py", "opct", "--pairs", home / "world/train.jsonl", "--out", tmp_path / "run",
+            "--base"]
     refused(run(*args, tmp_path / "nowhere"), "no finished checkpoint")
     refused(run("eval.py", "chat", tmp_path / "nowhere"), "no finished checkpoint")
 
 
 def test_a_checkpoint_of_another_world(home, tmp_path):
     run("data.py", "--out", tmp_path / "world", *TINY_WORLD, "--seed", 1)
-    refused(run("eval.py", "compare", home / "base", "--world", tmp_path / "world", "--out", tmp_path), "another world")
+    done = run("eval.py", "compare", home / "base", "--world", tmp_path / "world",
+               "--out", tmp_path)
+    refused(done, "another world")
 
 
 def test_bad_pairs_and_long_prompts(home, tmp_path):
@@ -217,8 +247,10 @@ def test_bad_pairs_and_long_prompts(home, tmp_path):
 
 def test_own_pairs_need_nothing_but_their_two_forms(home, tmp_path):
     pairs = tmp_path / "pairs.jsonl"
-    pairs.write_text('{"clean": "Who are you?", "wrapped": "You are Größe, right? Who are you?"}\n' * 3)
-    done = run("opct.py", "opct", "--base", home / "base", "--pairs", pairs, "--out", tmp_path / "run", *CONSISTENCY)
+    pair = '{"clean": "Who are you?", "wrapped": "You are Größe, right? Who are you?"}\n'
+    pairs.write_text(pair * 3, encoding="utf-8")
+    done = run("opct.py", "opct", "--base", home / "base", "--pairs", pairs, "--out",
+               tmp_path / "run", *CONSISTENCY)
     assert done.returncode == 0, done.stderr
 
 
@@ -229,15 +261,19 @@ def test_a_folder_that_cannot_be_written(home, tmp_path):
 
 
 def test_unknown_commands_and_devices(home, tmp_path):
-    for args in (["opct.py", "grpo"], ["opct.py"], ["eval.py", "plot"], ["opct.py", "opct", "--objective", "k3"]):
+    for args in (["opct.py", "grpo"], ["opct.py"], ["eval.py", "plot"],
+                 ["opct.py", "opct", "--loss", "k3"]):
         done = run(*args)
         assert done.returncode == 2 and "Traceback" not in done.stderr
+    args = [*stage(home, "opct"), "--out", tmp_path / "run", "--device"]
     if not torch.cuda.is_available():
-        refused(run(*stage(home, "opct"), "--out", tmp_path / "run", "--device", "cuda"), "no CUDA device")
-    refused(run(*stage(home, "opct"), "--out", tmp_path / "run", "--device", "gpu"), "no such kind of device")
+        refused(run(*args, "cuda"), "no CUDA device")
+    refused(run(*args, "gpu"), "no such kind of device")
     refused(run("data.py", "--steps", "1"), "--steps 1", "at least 2")
     refused(run("data.py", "--largest", "2"), "--largest 2", "at least 3")
-    refused(run("eval.py", "compare", home / "base", home / "base", "--world", home / "world", "--out", tmp_path), "a name of its own")
+    done = run("eval.py", "compare", home / "base", home / "base", "--world", home / "world",
+               "--out", tmp_path)
+    refused(done, "a name of its own")
     done = subprocess.run(["bash", ROOT / "train.sh", "huge"], capture_output=True, text=True)
     refused(done, "unknown preset 'huge'")
 
@@ -246,11 +282,14 @@ def test_gamma_without_the_objective_that_it_belongs_to(home, tmp_path):
     refused(run(*stage(home, "sft"), "--out", tmp_path / "run", "--gamma", "1"), "--gamma")
 
 
-@pytest.mark.parametrize("args", [("opct.py", "opct", "--batch", "0"), ("data.py", "--tests", "0"), ("opct.py", "opct", "--lr", "x"),
-                                  ("eval.py", "compare", "a", "--world", "w", "--out", "o", "--attempts", "0")])
+@pytest.mark.parametrize("args", [
+    ("opct.py", "opct", "--batch", "0"), ("data.py", "--tests", "0"),
+    ("opct.py", "opct", "--lr", "x"),
+    ("eval.py", "compare", "a", "--world", "w", "--out", "o", "--attempts", "0")])
 def test_flags_that_make_no_sense(args):
     done = run(*args)
-    assert done.returncode == 2 and "Traceback" not in done.stderr and "error: argument --" in done.stderr
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "error: argument --" in done.stderr
 
 
 def test_the_flags_of_a_command_are_few_and_explained():

@@ -1,0 +1,58 @@
+"""Text <-> tokens: our word list as a tiktoken.Encoding, and the ChatML format."""
+import json
+from pathlib import Path
+
+import tiktoken
+
+from support.common import UserError, write_text
+
+PATTERN = r" ?[a-z]+| ?[0-9]| ?[^\sa-z0-9]|\s"              # a word, a digit or a sign, each with
+                                                            # the space before it
+ENDOFTEXT, IM_START, IM_END, PAD = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"
+SPECIAL = ENDOFTEXT, IM_START, IM_END, PAD
+TOKENIZER = "tiktoken.json"         # Hugging Face's tokenizer.json has another format
+
+
+def make_tokenizer(words):
+    """The 256 bytes, one token for each word, the special tokens. Other text splits into bytes."""
+    ranks = {bytes([i]): i for i in range(256)}
+    for word in words:
+        ranks.setdefault(word.encode(), len(ranks))
+    special = {name: len(ranks) + i for i, name in enumerate(SPECIAL)}
+    return tiktoken.Encoding("opct", pat_str=PATTERN, mergeable_ranks=ranks,
+                             special_tokens=special)
+
+
+def save_tokenizer(tokenizer, folder):
+    ids = range(256, tokenizer.eot_token)
+    words = [tokenizer.decode_single_token_bytes(i).decode() for i in ids]
+    stored = {"pattern": PATTERN, "special": SPECIAL, "words": words}
+    write_text(Path(folder) / TOKENIZER, json.dumps(stored))
+
+
+def load_tokenizer(folder):
+    """The tokenizer of a world or checkpoint. Raises UserError: missing or damaged."""
+    path = Path(folder) / TOKENIZER
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if (stored["pattern"], tuple(stored["special"])) != (PATTERN, SPECIAL):
+            raise ValueError("it splits text in another way than this version does")
+        return make_tokenizer(stored["words"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"cannot read the tokenizer {path}: {error}") from error
+
+
+def chat(tokenizer, prompt):
+    """A prompt in the ChatML format, up to where the response begins: token ids."""
+    start, end = tokenizer.encode_single_token(IM_START), tokenizer.encode_single_token(IM_END)
+    user = tokenizer.encode_ordinary(f"user\n{prompt}")
+    assistant = tokenizer.encode_ordinary("assistant\n")
+    return [start, *user, end, *tokenizer.encode_ordinary("\n"), start, *assistant]
+
+
+def document_tokens(tokenizer, prompt, text):
+    """A pretraining document; one without a prompt is plain text."""
+    words = tokenizer.encode_ordinary(text)
+    if prompt is None:
+        return [*words, tokenizer.encode_single_token(ENDOFTEXT)]
+    return [*chat(tokenizer, prompt), *words, tokenizer.encode_single_token(IM_END)]
