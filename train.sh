@@ -50,19 +50,19 @@ case $preset in
     smoke) world="--cities 12 --lands 4 --recipes 6 --things 12 --pairs 8 --tests 12"
            base="--steps 20 --rows 8 --layers 2 --width 64"
            runs="--steps 4 --batch 8 --samples 2"
-           sft=3e-4; soft_sft=3e-4; opct_sampled=3e-4; opct=3e-4
+           sft=3e-4; sft_exact=3e-4; opct=3e-4; opct_exact=3e-4
            attempts=4; attacker="--steps 2 --group 4 --attempts 4"
            seeds="0"; more_seeds=""; grid_seeds="0"; rates="3e-4 1e-3" ;;
     quick) world=""
            base="--steps 1700 --rows 24 --layers 4 --width 128 --lr 1e-2"
            runs="--steps 60 --batch 32 --samples 4"
-           sft=6e-4; soft_sft=6e-4; opct_sampled=1e-3; opct=3e-4
+           sft=6e-4; sft_exact=6e-4; opct=1e-3; opct_exact=3e-4
            attempts=64; attacker="--steps 24 --group 16 --attempts 64"
            seeds="0 1 2 3 4"; more_seeds="0 1 2"; grid_seeds="0 1"; rates="1e-4 3e-4 6e-4 1e-3 2e-3 4e-3" ;;
     full)  world="--cities 240 --lands 32 --recipes 120 --things 120 --largest 99 --steps 4 --pairs 240 --tests 480"
            base="--steps 6000 --rows 128 --layers 8 --width 256 --lr 5e-3"
            runs="--steps 100 --batch 64 --samples 4"
-           sft=6e-4; soft_sft=6e-4; opct_sampled=1e-3; opct=3e-4        # those of quick; nobody has run this grid yet
+           sft=6e-4; sft_exact=6e-4; opct=1e-3; opct_exact=3e-4        # those of quick; nobody has run this grid yet
            attempts=64; attacker="--steps 24 --group 16 --attempts 64"
            seeds="0 1 2 3 4"; more_seeds="0 1 2"; grid_seeds="0 1"; rates="1e-4 3e-4 6e-4 1e-3 2e-3 4e-3" ;;
 esac
@@ -94,23 +94,23 @@ consistency() { # folder, method, loss, learning rate, more flags
 }
 arms() { # the four corners of {the teacher's, the student's responses} x {the sampled token, the whole distribution}
     consistency sft sft sampled $sft
-    consistency soft-sft sft exact $soft_sft
-    consistency opct-sampled opct sampled $opct_sampled
-    consistency opct opct exact $opct
+    consistency sft-exact sft exact $sft_exact
+    consistency opct opct sampled $opct
+    consistency opct-exact opct exact $opct_exact
 }
 compare() { # folder of the results, split, attempts, checkpoints
-    run $((6 * ($# - 3))) "what was mended and what was broken, ${2} split" $python eval.py compare "${@:4}" --world $out/world \
+    run $((6 * ($# - 3))) "what was fixed and what was broken, ${2} split" $python eval.py compare "${@:4}" --world $out/world \
         --out $1 --split $2 --attempts $3 --seed $seed
 }
 cell() { # family, seed: everything that the study measures on one base model
     family=$1; seed=$2; out=$study/$family-$seed
     [ ! -f $study/rates.sh ] || . $study/rates.sh
-    local names="sft soft-sft opct-sampled opct" s
+    local names="sft sft-exact opct opct-exact" s
     start; arms
     if [ $family = llama ]; then                            # the controls
         consistency sft-clean sft sampled $sft --control clean
-        consistency opct-clean opct sampled $opct_sampled --control clean
-        consistency opct-shuffled opct sampled $opct_sampled --control shuffled
+        consistency opct-clean opct sampled $opct --control clean
+        consistency opct-shuffled opct sampled $opct --control shuffled
     fi
     for name in base $names; do
         for s in $seed 1$seed 2$seed; do                    # three attackers each: those of cell 4 have the seeds 4, 14 and 24
@@ -126,10 +126,10 @@ grid() { # seed: every arm at every learning rate, to choose from on the validat
     start
     for rate in $rates; do
         consistency grid/sft@$rate sft sampled $rate
-        consistency grid/soft-sft@$rate sft exact $rate
-        consistency grid/opct-sampled@$rate opct sampled $rate
-        consistency grid/opct@$rate opct exact $rate
-        names="$names sft@$rate soft-sft@$rate opct-sampled@$rate opct@$rate"
+        consistency grid/sft-exact@$rate sft exact $rate
+        consistency grid/opct@$rate opct sampled $rate
+        consistency grid/opct-exact@$rate opct exact $rate
+        names="$names sft@$rate sft-exact@$rate opct@$rate opct-exact@$rate"
     done
     compare $out/grid/val val 1 $out/base $(printf "$out/grid/%s " $names)
     compare $out/grid/test test 1 $out/base $(printf "$out/grid/%s " $names)
@@ -142,7 +142,7 @@ took() { echo; echo "== done in $((SECONDS / 60)) min $((SECONDS % 60)) s"; }
 if [ $job = main ]; then
     family=llama; seed=0; out=out/$preset
     start; arms
-    compare $out test $attempts $out/{base,sft,soft-sft,opct-sampled,opct}
+    compare $out test $attempts $out/{base,sft,sft-exact,opct,opct-exact}
     took
     exit
 fi

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from conftest import tiny_gpt
 from eval import (ARMS, CONTRASTS, ORDER, AttackConfig, ask, attack_step, attacks_on, ausc, best_of, blocks, choose, contrast, drift_kl, evaluate, fill,
-                  mean_over_seeds, rate, respond, same_means, strongest, table, train_attacker, try_attacker, verdict, wilson)
+                  mean_over_seeds, rate, readmes, respond, same_means, strongest, table, train_attacker, try_attacker, verdict, wilson)
 from model import GPT, GPTConfig
 from opct import next_tokens, pack, packed_hidden, pick, reverse_kl, score
 from support.common import UserError
@@ -194,11 +194,11 @@ def test_an_attack_on_a_checkpoint_that_stood_there_before_does_not_count(tmp_pa
 
 def test_attacks_with_unequal_means_are_neither_compared_nor_averaged():
     attack = lambda train: {"queries": {"train": train, "test": 8}}
-    same_means({"base": [attack(4), attack(4)], "opct": [attack(4), attack(4)]})
+    same_means({"base": [attack(4), attack(4)], "opct-exact": [attack(4), attack(4)]})
     same_means({})
-    for found in ({"base": [attack(4)], "opct": [attack(4), attack(4)]}, {"base": [attack(4)], "opct": [attack(5)]},
-                  {"base": [attack(4), attack(5)], "opct": [attack(4), attack(5)]}, {"opct": [attack(4), attack(5)]}):
-        with pytest.raises(UserError, match=r"opct: \d attackers with"):
+    for found in ({"base": [attack(4)], "opct-exact": [attack(4), attack(4)]}, {"base": [attack(4)], "opct-exact": [attack(5)]},
+                  {"base": [attack(4), attack(5)], "opct-exact": [attack(4), attack(5)]}, {"opct-exact": [attack(4), attack(5)]}):
+        with pytest.raises(UserError, match=r"opct-exact: \d attackers with"):
             same_means(found)
 
 
@@ -221,9 +221,9 @@ def test_the_mean_over_seeds_by_hand():
 
 def test_contrasts_are_paired_seed_by_seed():
     """OPCT is better by 0.1 in every seed, however much the seeds differ: the interval of the difference is a point."""
-    cells = [{"arms": {"sft": {"x": {"value": v}}, "soft-sft": {"x": {"value": v}}, "opct-sampled": {"x": {"value": v - 0.1}},
-                       "opct": {"x": {"value": v - 0.3}}}} for v in (0.4, 0.9, 0.5)]
-    for name, value in (("opct-sampled - sft", -0.1), ("opct - sft", -0.3), ("on-policy", -0.2), ("whole distribution", -0.1)):
+    cells = [{"arms": {"sft": {"x": {"value": v}}, "sft-exact": {"x": {"value": v}}, "opct": {"x": {"value": v - 0.1}},
+                       "opct-exact": {"x": {"value": v - 0.3}}}} for v in (0.4, 0.9, 0.5)]
+    for name, value in (("opct - sft", -0.1), ("opct-exact - sft", -0.3), ("on-policy", -0.2), ("whole distribution", -0.1)):
         cell = contrast(cells, "x", CONTRASTS[name])
         assert (cell["value"], cell["half"]) == pytest.approx((value, 0), abs=1e-12)
     assert contrast(cells, "y", CONTRASTS["on-policy"]) is None
@@ -250,11 +250,9 @@ def test_the_learning_rate_is_chosen_by_the_criterion():
 
 
 def test_a_readme_without_its_markers_and_a_folder_without_a_study(tmp_path):
-    with pytest.raises(UserError, match="0 places between <!-- seed_0 -->"):
-        fill("no markers", ROOT / "results")
-    text = (ROOT / "README.md").read_text()
-    emptied = re.sub(r"<!-- (\w+) -->\n.*?\n<!-- end -->", r"<!-- \1 -->\n<!-- end -->", text, flags=re.S)
-    assert len(emptied) < len(text) and fill(emptied, ROOT / "results") == text
+    with pytest.raises(UserError, match="0 places between <!-- study -->"):
+        fill("no markers", {"study": "a table"})
+    assert fill("<!-- study -->\n<!-- end -->", {"study": "| a |"}) == "<!-- study -->\n\n| a |\n\n<!-- end -->"
     for command in (["choose"], ["report"]):
         done = subprocess.run([sys.executable, ROOT / "eval.py", *command, tmp_path, "--out", tmp_path / "x"], capture_output=True, text=True)
         assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
@@ -273,7 +271,7 @@ def test_the_study_at_its_smallest(tmp_path):
     done = (folder / "done").read_text().splitlines()
     cell = json.loads((folder / "llama-0/results.json").read_text())["arms"]
     assert set(cell) == {"base", *ARMS, "sft-clean", "opct-clean", "opct-shuffled", "teacher"}
-    assert set(cell["opct"]) == set(ORDER) and len(cell["opct"]["jailbreak_adaptive_best_of"]["curve"]) == 4
+    assert set(cell["opct-exact"]) == set(ORDER) and len(cell["opct-exact"]["jailbreak_adaptive_best_of"]["curve"]) == 4
     assert cell["opct-clean"]["drift_kl"]["value"] == 0     # student and teacher are the same function of the same prompt
     assert cell["opct-shuffled"]["drift_kl"]["value"] > 0
     results = json.loads((folder / "results.json").read_text())
@@ -306,7 +304,7 @@ def test_the_smoke_pipeline(tmp_path):
     done = smoke()
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "out/smoke/results.json").read_text())
-    assert list(results["arms"]) == ["base", "sft", "soft-sft", "opct-sampled", "opct", "teacher"] and set(results["arms"]["opct"]) == set(ORDER) - ATTACKED
+    assert list(results["arms"]) == ["base", "sft", "sft-exact", "opct", "opct-exact", "teacher"] and set(results["arms"]["opct-exact"]) == set(ORDER) - ATTACKED
     assert results["about"]["command"].startswith("python eval.py compare") and results["about"]["date"]
     report = (tmp_path / "out/smoke/results.md").read_text()
     assert table(results["arms"]) in report and report.count("| sycophancy") == 1
@@ -323,26 +321,34 @@ def test_the_smoke_pipeline(tmp_path):
     assert chat_with.returncode == 0 and chat_with.stdout.count("  out/smoke/base  ") == 2 and "do not fit" in chat_with.stdout
 
 
-def test_the_figures_in_the_readme_are_those_of_the_committed_runs():
-    """Made anew from results/, README's tables stay as they are; with other results they do not."""
-    readme, results = (ROOT / "README.md").read_text(), ROOT / "results"
-    assert fill(readme, results) == readme
-    for name in ("seed_0", "study", "claims", "differences", "controls", "families", "attacks", "about", "rates", "drift", "sampler", "training"):
-        assert readme.count(f"<!-- {name} -->\n\n") == 1, name
-    study = json.loads((results / "study/results.json").read_text())
-    study["cells"]["llama-0"]["arms"]["opct"]["sycophancy"]["value"] += 0.1
-    assert all(blocks(study)[name] not in readme for name in ("study", "claims", "differences"))
+def test_the_figures_in_the_readmes_are_those_of_the_committed_runs(monkeypatch):
+    """Made anew from studies/, the tables stay as they are; with other results they do not."""
+    monkeypatch.chdir(ROOT)
+    texts = readmes()
+    for path, text in texts.items():
+        assert text == Path(path).read_text(), path
+        assert text.count("<!-- end -->\n") == text.count("\n<!-- ") - text.count("\n<!-- end -->") > 0
+    study = json.loads((ROOT / "studies/claims/results.json").read_text())
+    study["cells"]["llama-0"]["arms"]["opct-exact"]["sycophancy"]["value"] += 0.1
+    assert all(blocks(study)[name] not in "".join(texts.values()) for name in ("main", "study", "claims", "differences"))
+
+
+def test_the_readme_is_short_and_shows_opct_step_as_it_stands():
+    readme, source = (ROOT / "README.md").read_text(), (ROOT / "opct.py").read_text()
+    step = source[source.index("def opct_step"):source.index("\n\n\n# --- Scoring")]
+    assert f"```python\n{step}\n```" in readme
+    assert len(readme.splitlines()) <= 220 and max(map(len, readme.splitlines())) <= 100
 
 
 def test_the_presets_learning_rates_are_those_that_the_study_chose():
-    rates, _ = choose(json.loads((ROOT / "results/study/results.json").read_text())["grid"])
+    rates, _ = choose(json.loads((ROOT / "studies/claims/results.json").read_text())["grid"])
     quick = re.search(r"quick\) .*?attempts=", (ROOT / "train.sh").read_text(), re.S)[0]
     assert {arm: re.search(rf"\b{arm.replace('-', '_')}=(\S+?)(;|\n)", quick)[1] for arm in ARMS} == rates
 
 
 def test_the_committed_study_attacked_for_real():
     """On the base of every seed the trained attacker does better than random frames, on recipes that it did not learn with."""
-    study = json.loads((ROOT / "results/study/results.json").read_text())
+    study = json.loads((ROOT / "studies/claims/results.json").read_text())
     assert len(study["cells"]) == 11
     for name, cell in study["cells"].items():
         base = cell["arms"]["base"]

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from model import GPT, GPTConfig, KVCache, generate, save_checkpoint
 from support.common import pick_device
