@@ -1,7 +1,7 @@
 """
 How fast the sampler is, beside a naive one and Hugging Face's `generate`, and how far from what the machine allows.
 
-    python tests/bench_sampler.py [--batches 1 64 512 4096] [--new 32] [--device cuda]
+    python studies/speed/bench_sampler.py [--batches 1 64 512 4096] [--new 32] [--device cuda]
 
 All three get the same weights, the same prompts of mixed length and the same number of new tokens (ends are ignored), in
 alternation, and each cell is the best of `--rounds` runs, since other work on the machine only ever adds time. The floor of

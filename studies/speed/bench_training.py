@@ -1,9 +1,9 @@
 """
 Where the time of an update goes, and how near pretraining comes to the machine's matrix rate.
 
-    python tests/bench_training.py [--base out/quick/base] [--device cuda]
+    python studies/speed/bench_training.py [--base out/quick/base] [--device cuda]
 
-Splits one OPCT update and one soft SFT update into their parts, each the best of `--rounds`, and prints the share of the packed
+Splits one OPCT update and one exact SFT update into their parts, each the best of `--rounds`, and prints the share of the packed
 rows that is padding. With the checkpoint of the quick preset the responses are real ones; without it a model
 that knows nothing writes 24 tokens each.
 
@@ -142,11 +142,11 @@ def main():
     clean, wrapped = ([chat(tokenizer, r[form]) for r in records[:args.batch] for _ in range(args.samples)] for form in ("clean", "wrapped"))
     state, offline, parts = update_parts(student, teacher, clean, wrapped, limit)
     best = {}
-    for method in ("opct", "soft-sft"):                     # plain SFT needs the teacher's part for its log only
+    for method in ("opct-exact", "sft-exact"):                     # plain SFT needs the teacher's part for its log only
         offline()                                           # what SFT trains on, sampled before training and not timed
         for _ in range(args.rounds):
             for name, part in parts.items():
-                if method == "soft-sft" and name == "sampling":
+                if method == "sft-exact" and name == "sampling":
                     continue
                 seconds = timed(part, device)
                 best[method, name] = min(best.get((method, name), seconds), seconds)
