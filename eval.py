@@ -53,9 +53,10 @@ import torch
 
 from data import AXES, CAPABILITIES, judge, load_world, read_jsonl
 from model import generate, load_checkpoint
-from opct import forward_kl, pick, policy_gradient, reverse_kl, run_settings, score, train
-from support.common import (UserError, add_flags, flag, generator, guarded, open_run, pick_device,
-                            processes, rng, weights_hash, whole, write_text)
+from opct import forward_kl, pick, policy_gradient, reverse_kl, score, train
+from support.common import (UserError, add_flags, flag, generator, guarded, pick_device, rng, whole,
+                            write_text)
+from support.runs import open_run, processes, run_settings, weights_hash
 from support.tokenizer import TOKENIZER, chat, load_tokenizer, save_tokenizer
 
 BATCH = 512

@@ -33,24 +33,20 @@ and less noise. `sft_step` and `opct_step` differ in whose response and which lo
 import argparse
 import copy
 import hashlib
-import json
 import math
-import os
-import sys
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 from data import load_world, read_jsonl
 from model import ARCHITECTURES, GPT, GPTConfig, generate, load_checkpoint, save_checkpoint
-from support.common import (UserError, add_flags, average, flag, generator, guarded,
-                            join_processes, leave_processes, load_state, open_run, pick_device,
-                            processes, progress, rng, save_state, say, weights_hash, write_text)
-from support.tokenizer import chat, document_tokens, load_tokenizer, save_tokenizer
+from support.common import UserError, add_flags, flag, generator, guarded, pick_device, rng
+from support.packing import ROW, pack, pack_responses
+from support.runs import (Log, average, coloured, join_processes, leave_processes, load_state,
+                          open_run, processes, run_settings, save_state, say, weights_hash)
+from support.tokenizer import IM_END, PAD, chat, document_tokens, load_tokenizer, save_tokenizer
 
 # --- Objectives: pure functions, one value a token. tests/test_gradients.py is about these -----
 
@@ -148,88 +144,22 @@ def opct_step(student, teacher, pairs, config):
 
 # --- Scoring ---------------------------------------------------------------------------------
 
-ROW = 128       # tokens in a packed row; attention is quadratic in it
 
-
-@dataclass
-class Packed:
-    """Token sequences in rows, see `pack`. All arrays are (R, W); padding has segment -1."""
-    tokens: np.ndarray
-    positions: np.ndarray
-    segments: np.ndarray
-    branches: np.ndarray
-    starts: list            # of each group's first token in the flattened rows, -1: left out
-
-
-def pack(groups, width=ROW, max_rows=None):
-    """Lays out groups in rows, the longest first, each where it first fits.
-
-    A group is a trunk and the branches that grow from its end: (tokens, [tokens, ...]). A
-    prompt and the responses to it make a group; a document is a trunk without branches.
-
-        trunk a b c, branches d e and f g h        tokens     a b c d e f g h
-                                                   positions  0 1 2 3 4 3 4 5
-                                                   branches   0 0 0 1 1 2 2 2
-
-    A token sees what stands before it in its segment (group), on the trunk or its own branch.
-    So each branch gets the logits it would get alone, and the trunk is computed once.
-    With `max_rows`, what does not fit is left out. Raises UserError: a group exceeds the width.
-    """
-    lengths = [len(trunk) + sum(map(len, branches)) for trunk, branches in groups]
-    if max(lengths) > width:
-        raise UserError(f"a sequence of {max(lengths)} tokens does not fit into a row of {width}")
-    used, starts = [], [-1] * len(groups)
-    for i in sorted(range(len(groups)), key=lambda i: -lengths[i]):
-        row = next((r for r, u in enumerate(used) if u + lengths[i] <= width), len(used))
-        if row == max_rows:
-            continue
-        if row == len(used):
-            used.append(0)
-        starts[i] = row * width + used[row]
-        used[row] += lengths[i]
-    size = (max_rows or len(used)) * width
-    tokens, positions, segments, branches = np.zeros((4, size), dtype=np.int64)
-    segments -= 1
-    for i, (trunk, grown) in enumerate(groups):
-        at, begin = starts[i], 0
-        for number, part in enumerate([trunk, *grown] if at >= 0 else []):
-            span = slice(at, at + len(part))
-            tokens[span], segments[span], branches[span] = part, i, number
-            positions[span] = np.arange(begin, begin + len(part))
-            at, begin = at + len(part), len(trunk)
-    shaped = [x.reshape(-1, width) for x in (tokens, positions, segments, branches)]
-    return Packed(*shaped, starts)
-
-
-def packed_hidden(model, packed):
-    """The last hidden states of packed rows: (R * W, C)."""
-    arrays = (packed.tokens, packed.positions, packed.segments, packed.branches)
-    tokens, positions, segments, branches = (torch.from_numpy(x).to(model.device) for x in arrays)
-    mask = (segments[:, :, None] == segments[:, None, :]).tril()                    # (R, W, W)
-    mask &= (branches[:, None, :] == 0) | (branches[:, :, None] == branches[:, None, :])
-    return model.model(tokens, positions, mask[:, None]).flatten(0, 1)
+def hidden_states(model, packed):
+    """The last hidden states of packed rows, flattened: (R * W, C)."""
+    return model.model(*packed.inputs(model.device)).flatten(0, 1)
 
 
 def score(model, prompts, response, mask):
     """log pi(. | prompt, y<t) at each response token: (N, V), N = mask.sum().
 
-    The rows are in the order of response[mask]; the end token has one, prompt and padding have
+    The rows are in the order of response[mask]: the end token has one, prompt and padding have
     none. Args: B lists of token ids; response and mask (B, T), as `generate` returns them.
     """
-    sharing = {}                                            # prompt -> the rows that share it
-    for i, prompt in enumerate(prompts):
-        sharing.setdefault(tuple(prompt), []).append(i)
-    rows = [ids[keep].tolist() for ids, keep in zip(response.cpu(), mask.cpu())]
-    groups = [(prompt, [rows[i] for i in some]) for prompt, some in sharing.items()]
-    packed = pack(groups, max([ROW] + [len(p) + sum(map(len, some)) for p, some in groups]))
-    where = [None] * len(prompts)                           # what predicts each response token
-    for start, (prompt, some) in zip(packed.starts, sharing.items()):
-        last = at = start + len(prompt) - 1                 # predicts every first token
-        for i in some:
-            where[i] = [last, *range(at + 1, at + len(rows[i]))]
-            at += len(rows[i])
-    where = torch.tensor([index for some in where for index in some], device=mask.device)
-    return model.lm_head(packed_hidden(model, packed)[where]).log_softmax(-1)
+    responses = [ids[keep].tolist() for ids, keep in zip(response.cpu(), mask.cpu())]
+    packed, where = pack_responses(prompts, responses)
+    hidden = hidden_states(model, packed)[torch.tensor(where, device=model.device)]     # (N, C)
+    return model.lm_head(hidden).log_softmax(-1)
 
 
 def pick(logp, tokens):
@@ -294,55 +224,37 @@ def train(model, step_of, config, optimizers):
     steps. So a run that was killed and started again ends with the same weights as an unbroken
     one: bit for bit on a CPU with the same number of threads.
     """
-    out, (rank, size) = Path(config.out), processes()
     model.train()
-    start = load_state(out, model, optimizers)
+    start = load_state(config.out, model, optimizers)
     average([torch.zeros(1)])       # wait: all have read the state before one saves the next
-    if start:
-        say(f"  going on from step {start}")
-    if rank == 0:                   # what was logged after the last save will be logged again
-        kept = (out / "log.jsonl").read_text().splitlines(keepends=True)[:start] if start else []
-        write_text(out / "log.jsonl", "".join(kept))
-    began = time.time()
-    with open(out / "log.jsonl" if rank == 0 else os.devnull, "a", buffering=1) as log:
+    with Log(config, start) as log:
         for step in range(start, config.steps):
-            tick = time.time()
+            began = time.time()
             loss, values = step_of(step)
             loss.backward()
-            tokens = values.pop("tokens")
-            sums = [loss.detach(), tokens, *(v.sum() for v in values.values())]
-            counts = [v.numel() for v in values.values()]
-            sums = torch.stack([torch.as_tensor(x, device=model.device).float()
-                                for x in sums + counts])
-            average([*(p.grad for p in model.parameters()), sums])
-            loss, tokens, *rest = sums.tolist()
+            # A pair (sum, count) for each value, so that processes average exactly.
+            sums = {name: torch.stack([v.sum().float(), v.new_tensor(v.numel()).float()])
+                    for name, v in {"loss": loss.detach(), **values}.items()}
+            average([*(p.grad for p in model.parameters()), *sums.values()])
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip).item()
-            if not math.isfinite(loss + norm):
-                raise UserError(f"loss {loss} and gradient norm {norm} at step {step}: stopped, "
-                                f"{out} keeps what was saved before. Start again in another "
-                                "folder, with a smaller --lr")
+            means = {name: (total / count).item() for name, (total, count) in sums.items()}
+            if not math.isfinite(means["loss"] + norm):
+                raise UserError(f"loss {means['loss']} and gradient norm {norm} at step {step}: "
+                                f"stopped, {config.out} keeps what was saved before. Start again "
+                                "in another folder, with a smaller --lr")
+            rate = learning_rate(step, config)
             for optimizer in optimizers:
-                optimizer.param_groups[0]["lr"] = learning_rate(step, config)
+                optimizer.param_groups[0]["lr"] = rate
                 optimizer.step()
                 optimizer.zero_grad()
-            if rank > 0:            # the first process logs and saves for all
-                continue
-            means = {name: rest[i] / rest[i + len(values)] for i, name in enumerate(values)}
-            seconds = time.time() - tick
-            line = {"step": step, "loss": loss, **means, "grad_norm": norm,
-                    "lr": learning_rate(step, config), "tokens": round(tokens * size),
-                    "seconds": round(seconds, 4)}
-            log.write(json.dumps(line) + "\n")
-            left = (time.time() - began) / (step + 1 - start) * (config.steps - step - 1)
-            shown = "  ".join(f"{name} {x:.4f}" for name, x in {"loss": loss, **means}.items())
-            speed = f"{line['tokens'] / seconds:,.0f} tokens/s"
-            progress(step + 1, config.steps, left, f"{shown}  {speed}")
-            if (step + 1) % config.save_every == 0 and step + 1 < config.steps:
-                save_state(out, model, optimizers, step + 1)
+            tokens = round(means.pop("tokens") * processes()[1])
+            log.write(step, {**means, "grad_norm": norm, "lr": rate}, tokens, time.time() - began)
+            if log.first and (step + 1) % config.save_every == 0 and step + 1 < config.steps:
+                save_state(config.out, model, optimizers, step + 1)
     model.eval()
-    if rank == 0:
-        save_checkpoint(model, out)
-        (out / "state.safetensors").unlink(missing_ok=True)
+    if log.first:
+        save_checkpoint(model, config.out)
+        log.drop_state()
 
 
 # --- Pretraining: next-token prediction on fresh documents of the world ------------------------
@@ -357,13 +269,6 @@ def pretraining_batch(world, tokenizer, random, rows):
     return pack(groups[:-1], max_rows=rows)
 
 
-def next_tokens(packed):
-    """What follows each token, -1 where a document or the row ends: (R, W) -> (R, W)."""
-    tokens, segments = torch.from_numpy(packed.tokens), torch.from_numpy(packed.segments)
-    follows = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] >= 0)
-    return F.pad(tokens[:, 1:].masked_fill(~follows, -1), (0, 1), value=-1)
-
-
 def new_model(config, tokenizer):
     torch.manual_seed(config.seed)
     special = tokenizer.encode_single_token
@@ -371,7 +276,7 @@ def new_model(config, tokenizer):
         model_type=config.family, vocab_size=tokenizer.n_vocab, hidden_size=config.width,
         intermediate_size=config.width * 11 // 4, num_hidden_layers=config.layers,
         num_attention_heads=config.width // 32, num_key_value_heads=config.width // 64,
-        head_dim=32, eos_token_id=special("<|im_end|>"), pad_token_id=special("<|pad|>")))
+        head_dim=32, eos_token_id=special(IM_END), pad_token_id=special(PAD)))
 
 
 def pretrain(config):
@@ -392,14 +297,12 @@ def pretrain(config):
     def step_of(step):
         packed = pretraining_batch(world, tokenizer, rng(config.seed, "pretrain", step),
                                    config.rows)
-        target = next_tokens(packed)
-        mine = slice(rank, None, size)                      # the rows of this process
-        part = Packed(packed.tokens[mine], packed.positions[mine], packed.segments[mine],
-                      packed.branches[mine], [])
-        logits = model.lm_head(packed_hidden(model, part))                          # (R * W, V)
-        total = F.cross_entropy(logits, target[mine].flatten().to(device), reduction="sum",
-                                ignore_index=-1)
-        return total * size / (target >= 0).sum(), {"tokens": (target[mine] >= 0).sum()}
+        count = (packed.next_tokens() >= 0).sum()
+        mine = packed.rows(slice(rank, None, size))         # the rows of this process
+        target = mine.next_tokens().flatten().to(device)
+        logits = model.lm_head(hidden_states(model, mine))                          # (R * W, V)
+        total = F.cross_entropy(logits, target, reduction="sum", ignore_index=-1)
+        return total * size / count, {"tokens": (target >= 0).sum()}
 
     # Muon for the matrices, where it needs about a third of AdamW's steps here. The adjustment
     # gives both the same size of update, so one learning rate serves the two.
@@ -412,12 +315,6 @@ def pretrain(config):
 
 
 # --- Consistency training: the step function is all that SFT and OPCT differ in ----------------
-
-
-def run_settings(config, stage, **more):
-    """What a run is: everything in run.json that the same command must repeat."""
-    settings = {k: v for k, v in asdict(config).items() if k not in ("out", "device", "save_every")}
-    return {"stage": stage, **settings, **more}
 
 
 def controlled(records, config):
@@ -506,35 +403,22 @@ def consistency(config, stage):
         pairs.noise = noise[rank::size]
         return opct_step(student, teacher, pairs, config)
 
-    if rank == 0:
-        show_example(student, teacher, tokenizer, records, config)
+    example = next((r for r in records if r.get("fails")), records[0])
+    show_example(student, teacher, tokenizer, example, config)
     train(student, step_of, config, [torch.optim.AdamW(
         student.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)])
     assert weights_hash(teacher) == teacher_hash, "the teacher changed during training"
 
 
 @torch.no_grad()
-def show_example(student, teacher, tokenizer, records, config):
+def show_example(student, teacher, tokenizer, record, config):
     """Prints one pair, the student's response to its wrapped form, and the KL at each token."""
-    record = next((r for r in records if r.get("fails")), records[0])
     clean, wrapped = [chat(tokenizer, record["clean"])], [chat(tokenizer, record["wrapped"])]
     response, mask = generate(student, wrapped, config.max_new_tokens,
                               generator=generator(config.seed, "example"))
     kl = reverse_kl(score(student, wrapped, response, mask), score(teacher, clean, response, mask))
-    print(f"  clean     {record['clean']}\n  wrapped   {record['wrapped']}\n  response  ", end="")
-    terminal = sys.stdout.isatty()
-    for token, nats in zip(response[mask].tolist(), kl.tolist()):
-        text = tokenizer.decode([token])
-        if terminal:
-            colour = [32, 33, 31][(nats >= 0.1) + (nats >= 1)]
-            text = f"\033[{colour}m{text}\033[0m"
-        elif nats >= 0.1:
-            text += f"[{nats:.1f}]"
-        print(text, end="")
-    key = "in brackets from 0.1 nats"
-    if terminal:
-        key = "green under 0.1, yellow under 1, red from 1 nat"
-    print(f"\n            (KL of student and teacher at each token: {key})")
+    text = coloured([tokenizer.decode([t]) for t in response[mask].tolist()], kl.tolist())
+    say(f"  clean     {record['clean']}\n  wrapped   {record['wrapped']}\n  response  {text}")
 
 
 def main():

@@ -9,8 +9,9 @@ import pytest
 import data
 from data import (AXES, CAPABILITIES, SPLITS, World, WorldConfig, judge, load_world, read_jsonl,
                   world_tokenizer, write_jsonl)
-from opct import pack, pretraining_batch
+from opct import pretraining_batch
 from support.common import UserError
+from support.packing import pack
 from support.tokenizer import (PATTERN, SPECIAL, chat, document_tokens, load_tokenizer,
                                save_tokenizer)
 

@@ -19,8 +19,9 @@ from conftest import tiny_gpt
 from eval import (ARMS, CONTRASTS, ORDER, AttackConfig, ask, attack_step, attacks_on, ausc, best_of, blocks, choose, contrast, drift_kl, evaluate, fill,
                   mean_over_seeds, rate, readmes, respond, same_means, strongest, table, train_attacker, try_attacker, verdict, wilson)
 from model import GPT, GPTConfig
-from opct import next_tokens, pack, packed_hidden, pick, reverse_kl, score
+from opct import hidden_states, pick, reverse_kl, score
 from support.common import UserError
+from support.packing import pack
 from support.tokenizer import IM_END, PAD, document_tokens
 
 ROOT = Path(__file__).parent.parent
@@ -149,8 +150,8 @@ def a_user(world, tokenizer):
     optimizer, rng = torch.optim.AdamW(model.parameters(), lr=3e-3), random.Random(0)
     for _ in range(250):
         packed = pack([(document_tokens(tokenizer, *world.an_asking_user(rng)), []) for _ in range(48)])
-        logits = model.lm_head(packed_hidden(model, packed))
-        loss = F.cross_entropy(logits, next_tokens(packed).flatten(), ignore_index=-1)
+        logits = model.lm_head(hidden_states(model, packed))
+        loss = F.cross_entropy(logits, packed.next_tokens().flatten(), ignore_index=-1)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

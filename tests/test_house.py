@@ -8,11 +8,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 # eval.py and the tests of it, of the world and of the model are still to be narrowed.
-NARROW = ["data.py", "model.py", "opct.py", "support/common.py", "support/tokenizer.py",
+NARROW = ["data.py", "model.py", "opct.py", "support/common.py", "support/packing.py",
+          "support/runs.py", "support/tokenizer.py",
           "tests/conftest.py", "tests/test_gradients.py", "tests/test_house.py",
           "tests/test_training.py"]
 OURS = {"data", "model", "opct", "eval", "support"}
 MAY_IMPORT = {"support/common.py": set(), "support/tokenizer.py": {"support"},
+              "support/packing.py": {"support"}, "support/runs.py": {"support"},
               "data.py": {"support"}, "model.py": {"support"},
               "opct.py": {"support", "data", "model"},
               "eval.py": {"support", "data", "model", "opct"}}

@@ -8,8 +8,9 @@ import torch
 from conftest import tiny_gpt
 from model import (ARCHITECTURES, CHECK_EVERY, generate, load_checkpoint, rotate, sample,
                    save_checkpoint)
-from opct import pack, packed_hidden, pick, score
+from opct import hidden_states, pick, score
 from support.common import UserError, pick_device
+from support.packing import pack
 
 FAMILIES = list(ARCHITECTURES)
 
@@ -153,7 +154,7 @@ def test_rotary_positions_by_hand():
 def test_packed_sequences_have_the_logits_they_have_alone(family):
     model, sequences = tiny_gpt(family=family), [p for p in prompts_of_many_lengths(20, 7)]
     packed = pack([(sequence, []) for sequence in sequences], 16)
-    hidden = packed_hidden(model, packed)
+    hidden = hidden_states(model, packed)
     assert len(packed.tokens) < len(sequences)
     for start, sequence in zip(packed.starts, sequences):
         assert torch.allclose(hidden[start:start + len(sequence)], model.model(torch.tensor([sequence]))[0], rtol=1e-11, atol=1e-12)

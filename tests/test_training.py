@@ -13,7 +13,7 @@ import torch
 from conftest import tiny_gpt
 from model import load_checkpoint, save_checkpoint
 from opct import ConsistencyConfig, PretrainConfig, learning_rate, train
-from support.common import load_state, save_state, weights_hash
+from support.runs import load_state, save_state, weights_hash
 
 ROOT = Path(__file__).parent.parent
 TINY_WORLD = "--cities 12 --lands 4 --recipes 6 --things 12 --pairs 6 --tests 6".split()

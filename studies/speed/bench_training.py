@@ -33,8 +33,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from bench_sampler import headline, machine_rates, matrix_weights, timed
 from data import World, world_tokenizer
 from model import GPT, GPTConfig, generate, load_checkpoint
-from opct import (ROW, ConsistencyConfig, Pairs, PretrainConfig, next_tokens, opct_step, pack, packed_hidden,
-                  pretrain, pretraining_batch, reverse_kl, score)
+from opct import (ConsistencyConfig, Pairs, PretrainConfig, hidden_states, opct_step, pretrain,
+                  pretraining_batch, reverse_kl, score)
+from support.packing import ROW, pack
 from support.common import pick_device, write_text
 from support.tokenizer import chat, save_tokenizer
 
@@ -166,9 +167,9 @@ def main():
     print()
 
     packed = pretraining_batch(world, tokenizer, random.Random(0), 24)
-    segments, target = packed.segments, next_tokens(packed).flatten().to(device)
+    segments, target = packed.segments, packed.next_tokens().flatten().to(device)
     def pretrain_step():
-        F.cross_entropy(student.lm_head(packed_hidden(student, packed)), target, ignore_index=-1).backward()
+        F.cross_entropy(student.lm_head(hidden_states(student, packed)), target, ignore_index=-1).backward()
         student.zero_grad()
     seconds = min(timed(pretrain_step, device) for _ in range(20))                      # as many as `whole_step` takes
     quick = GPTConfig(vocab_size=tokenizer.n_vocab)
