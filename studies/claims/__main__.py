@@ -1,0 +1,4 @@
+from studies.claims.run import main
+from support.common import guarded
+
+guarded(main)
