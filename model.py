@@ -52,23 +52,14 @@ class GPTConfig:
     eos_token_id: int | None = None         # ends a response
     pad_token_id: int | None = None         # where pad is eos, masks lose the end token
 
-    @property
-    def qkv_bias(self):
-        return self.model_type == "qwen2"
-
-    @property
-    def qk_norm(self):
-        return self.model_type == "qwen3"
-
 
 class KVCache:
     """Keys and values, preallocated: (2, B, K, S, D) a layer, `length` of S columns filled."""
 
     def __init__(self, config, batch, size, like):
-        c = config
-        shape = (2, batch, c.num_key_value_heads, size, c.head_dim)
+        shape = (2, batch, config.num_key_value_heads, size, config.head_dim)
         self.layers = [torch.empty(shape, dtype=like.dtype, device=like.device)
-                       for _ in range(c.num_hidden_layers)]
+                       for _ in range(config.num_hidden_layers)]
         self.length = 0
 
     def update(self, layer, k, v):
@@ -80,8 +71,7 @@ class KVCache:
         return keys[:, :, :end], values[:, :, :end]
 
     def fill(self, rows, other, source):
-        """Copies rows `source` of another cache to these rows (a slice), so that both end in the
-        same column; zeros in front."""
+        """Copies rows `source` of another cache, right-aligned, to these rows (a slice)."""
         start = self.length - other.length
         for mine, others in zip(self.layers, other.layers):
             mine[:, rows, :, :start] = 0    # masked, but a NaN in memory would pass the mask
@@ -105,15 +95,14 @@ def rotate(x, cos, sin):
 class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        c, self.layer = config, layer
+        c, self.layer, self.head_dim = config, layer, config.head_dim
         self.heads, self.kv_heads = c.num_attention_heads, c.num_key_value_heads
-        self.head_dim = c.head_dim
-        self.q_proj = nn.Linear(c.hidden_size, self.heads * self.head_dim, bias=c.qkv_bias)
-        self.k_proj = nn.Linear(c.hidden_size, self.kv_heads * self.head_dim, bias=c.qkv_bias)
-        self.v_proj = nn.Linear(c.hidden_size, self.kv_heads * self.head_dim, bias=c.qkv_bias)
+        qkv_bias, self.qk_norm = c.model_type == "qwen2", c.model_type == "qwen3"
+        self.q_proj = nn.Linear(c.hidden_size, self.heads * self.head_dim, bias=qkv_bias)
+        self.k_proj = nn.Linear(c.hidden_size, self.kv_heads * self.head_dim, bias=qkv_bias)
+        self.v_proj = nn.Linear(c.hidden_size, self.kv_heads * self.head_dim, bias=qkv_bias)
         self.o_proj = nn.Linear(self.heads * self.head_dim, c.hidden_size, bias=False)
-        self.qk_norm = c.qk_norm
-        if c.qk_norm:
+        if self.qk_norm:
             self.q_norm = nn.RMSNorm(self.head_dim, eps=c.rms_norm_eps)
             self.k_norm = nn.RMSNorm(self.head_dim, eps=c.rms_norm_eps)
 
@@ -205,8 +194,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         if config.model_type not in ARCHITECTURES:
-            raise ValueError(f"model_type is {config.model_type!r}; this model computes "
-                             f"{', '.join(ARCHITECTURES)}")
+            raise ValueError(f"model_type {config.model_type!r} is none of {[*ARCHITECTURES]}")
         self.config = config
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -237,23 +225,19 @@ class GPT(nn.Module):
             mask: bool, broadcastable to (B, H, T, S): True where a token may look. None: causal.
             cache: a KVCache, to which the T tokens are added; None in training.
         Returns:
-            logits (B, T, V). Where few positions matter, put just those of `model.model` through
-            `lm_head`.
-        Raises:
-            ValueError: without explicit positions, more tokens than the context holds.
+            logits (B, T, V). For few positions, put just those of `model.model` into `lm_head`.
+        Raises ValueError: without explicit positions, more tokens than the context holds.
         """
         return self.lm_head(self.model(idx, positions, mask, cache))
 
 
 # --- Sampling --------------------------------------------------------------------------------
 
-
 def sample(logits, temperature, noise):
-    """One token a row by inverting the cumulative distribution.
+    """One token a row by inverting the cumulative distribution. Temperature 0 means argmax.
 
-    logits (B, V), noise (B,) uniform in [0, 1) -> (B,). Temperature 0 means argmax. One number of
-    noise decides one token, so a row's tokens depend on its own noise and, but for the rounding
-    of float sums, on nothing else in the batch.
+    logits (B, V), noise (B,) uniform in [0, 1) -> (B,). One number of noise decides one token, so
+    a row depends, but for the rounding of float sums, on nothing else in the batch.
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -263,83 +247,85 @@ def sample(logits, temperature, noise):
     return token.clamp_(max=logits.shape[-1] - 1)
 
 
-def prefill_rows(model, prompts, pad):
-    """Runs the model over some prompts, equal ones only once.
+@dataclass
+class Batch:
+    """The rows still being sampled. Padded on the left, so all end in the same column."""
+    rows: torch.Tensor                      # (B,) the place of each among all responses
+    noise: torch.Tensor                     # (B, max_new_tokens)
+    padding: torch.Tensor                   # (B,) columns of padding in front of the prompt
+    visible: torch.Tensor                   # (B, S) bool: not padding
+    ended: torch.Tensor                     # (B,) bool: the end token has been sampled
+    cache: KVCache
+    token: torch.Tensor | None = None       # (B,) the last one sampled
 
-    Returns a KVCache of the distinct prompts, the logits (b, V) of what follows each of them, and
-    which of them each prompt is: (B,).
+
+def prefill_rows(model, prompts):
+    """Runs the model over some prompts (tuples), equal ones only once.
+
+    Returns a KVCache of the b distinct ones, the logits (b, V) after each, and which is whose (B,).
     """
+    device, pad = model.device, model.config.pad_token_id or 0      # masked: any id will do
     distinct = {p: i for i, p in enumerate(dict.fromkeys(prompts))}         # prompt -> its row
-    source = torch.tensor([distinct[p] for p in prompts], device=model.device)
+    source = torch.tensor([distinct[p] for p in prompts], device=device)
     width = max(map(len, prompts))
-    padding = torch.tensor([[width - len(p)] for p in distinct], device=model.device)
-    idx = torch.tensor([(pad,) * (width - len(p)) + p for p in distinct], device=model.device)
-    column = torch.arange(width, device=model.device)
+    padding = torch.tensor([[width - len(p)] for p in distinct], device=device)
+    idx = torch.tensor([(pad,) * (width - len(p)) + p for p in distinct], device=device)
+    column = torch.arange(width, device=device)
     positions = column - padding                                            # under 0: padding
     mask = (positions[:, None] >= 0) & (column <= column[:, None])          # (b, width, width)
     # Padding sees itself, or its softmax would be over nothing.
-    mask |= torch.eye(width, dtype=torch.bool, device=model.device)
+    mask |= torch.eye(width, dtype=torch.bool, device=device)
     cache = KVCache(model.config, len(distinct), width, like=model.lm_head.weight)
     hidden = model.model(idx, positions.clamp(min=0), mask[:, None], cache)
     return cache, model.lm_head(hidden[:, -1]), source
 
 
-def prefill(model, prompts, size, pad):
-    """Runs the model over prompts that are sorted by length, some rows at a time, so that short
-    ones are not padded to the longest of all.
+def prefill(model, prompts, noise):
+    """Runs the model over all prompts. Returns a Batch and the logits (B, V) of what follows.
 
-    Returns a KVCache of `size` columns in which each row ends in the same column, and the logits
-    (B, V) of what follows each prompt.
+    Sorted by length, some rows at a time, so short ones are not padded to the longest of all.
     """
-    cache = KVCache(model.config, len(prompts), size, like=model.lm_head.weight)
-    cache.length, logits = len(prompts[-1]), []
-    for first in range(0, len(prompts), PREFILL_ROWS):
-        some = [tuple(p) for p in prompts[first:first + PREFILL_ROWS]]
-        part, after, source = prefill_rows(model, some, pad)
+    B, P, limit = len(prompts), max(map(len, prompts)), noise.shape[1]
+    device, context = model.device, model.config.max_position_embeddings
+    if P + limit > context:
+        raise ValueError(f"a prompt of {P} tokens and {limit} new ones do not fit into the "
+                         f"context of {context}: shorten the prompt, or ask for fewer new tokens")
+    order = sorted(range(B), key=lambda i: (len(prompts[i]), prompts[i]))
+    cache, logits = KVCache(model.config, B, P + limit, like=model.lm_head.weight), []
+    cache.length = P
+    for first in range(0, B, PREFILL_ROWS):
+        some = order[first:first + PREFILL_ROWS]
+        part, after, source = prefill_rows(model, [tuple(prompts[i]) for i in some])
+        cache.fill(slice(first, first + len(some)), part, source)
         logits.append(after[source])
-        cache.fill(slice(first, first + PREFILL_ROWS), part, source)
-    return cache, torch.cat(logits)
-
-
-@torch.inference_mode()         # as no_grad, but a single row takes a sixth less time
-def decode(model, prompts, noise, temperature, end, pad):
-    """Samples all responses, one token of each at a time. The prompts are sorted by length.
-
-    Returns response (B, R). Behind its end token a row may hold anything.
-    """
-    B, P, limit, device = len(prompts), len(prompts[-1]), noise.shape[1], model.device
-    cache, logits = prefill(model, prompts, P + limit, pad)
-    response = torch.full((B, limit), end, device=device)
-    padding = torch.tensor([P - len(p) for p in prompts], device=device)
-    visible = torch.arange(P + limit, device=device) >= padding[:, None]        # (B, S)
+    rows = torch.tensor(order, device=device)
+    padding = torch.tensor([P - len(prompts[i]) for i in order], device=device)
+    visible = torch.arange(P + limit, device=device) >= padding[:, None]
     ended = torch.zeros(B, dtype=torch.bool, device=device)
-    rows = torch.arange(B, device=device)       # still in the batch; all else holds just these
-    for t in range(limit):
-        token = sample(logits, temperature, noise[:, t])
-        response[rows, t] = token
-        ended = ended | (token == end)
-        if t + 1 == limit:
-            break
-        if (t + 1) % CHECK_EVERY.get(device.type, 1) == 0:
-            going = (~ended).nonzero().squeeze(1)
-            if len(going) == 0:
-                break
-            # Dropping rows copies the cache, so at least an eighth of the batch leaves at a time.
-            if len(going) <= len(rows) - len(rows) / 8:
-                rows, token, noise, padding, visible, ended = (
-                    x[going] for x in (rows, token, noise, padding, visible, ended))
-                cache.keep(going)
-        position, mask = (P + t - padding)[:, None], visible[:, None, None, :P + t + 1]
-        logits = model.lm_head(model.model(token[:, None], position, mask, cache)[:, -1])
-    return response[:, :t + 1]
+    batch = Batch(rows, noise.to(device)[rows], padding, visible, ended, cache)
+    return batch, torch.cat(logits)
+
+
+def decode(model, batch):
+    """Adds the last token of each row to the cache. Returns the logits (B, V) of the next one."""
+    column = batch.cache.length
+    positions = (column - batch.padding)[:, None]
+    mask = batch.visible[:, None, None, :column + 1]
+    hidden = model.model(batch.token[:, None], positions, mask, batch.cache)
+    return model.lm_head(hidden[:, -1])
+
+
+def drop_ended(batch):
+    """Drops the ended rows once they are an eighth of the batch, since this copies the cache."""
+    going = (~batch.ended).nonzero().squeeze(1)
+    if len(going) <= len(batch.rows) - len(batch.rows) / 8:
+        batch.cache.keep(going)
+        for name in ("rows", "noise", "padding", "visible", "ended", "token"):
+            setattr(batch, name, getattr(batch, name)[going])
 
 
 def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None, noise=None):
-    """Samples one response to each prompt, all at once: prefill, then one token at a time.
-
-    Prompts are padded on the left, so all rows write the same cache column. Positions count from
-    each prompt's first token and the mask hides the padding, so no row can tell what it was
-    batched with. Inside, the rows are sorted by length and those that have ended leave.
+    """Samples one response to each prompt, all at once. No row can tell what it was batched with.
 
     Args:
         prompts: a list of B lists of token ids.
@@ -349,31 +335,30 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None, no
     Returns:
         response (B, R) token ids and mask (B, R) bool, R <= max_new_tokens: True on the response,
         its end token included. A response cut at the limit is kept, without an end token.
-    Raises:
-        ValueError: the longest prompt and the new tokens do not fit into the context.
+    Raises ValueError: the longest prompt and the new tokens do not fit into the context.
     """
-    config, B, P = model.config, len(prompts), max(map(len, prompts))
-    if P + max_new_tokens > config.max_position_embeddings:
-        raise ValueError(f"a prompt of {P} tokens and {max_new_tokens} new ones do not fit into "
-                         f"the context of {config.max_position_embeddings}: shorten the prompt, "
-                         "or ask for fewer new tokens")
-    end = -1 if config.eos_token_id is None else config.eos_token_id    # -1: nothing ends it
-    pad = config.pad_token_id or 0                                      # masked: any id will do
     if noise is None:
-        noise = torch.rand(B, max_new_tokens, generator=generator)
-    order = sorted(range(B), key=lambda i: (len(prompts[i]), prompts[i]))
-    rows = torch.tensor(order, device=model.device)
-    noise = noise.to(model.device)[rows]
-    decoded = decode(model, [prompts[i] for i in order], noise, temperature, end, pad)
-    response = torch.empty_like(decoded)
-    response[rows] = decoded
-    is_end = response == end
+        noise = torch.rand(len(prompts), max_new_tokens, generator=generator)
+    config, every = model.config, CHECK_EVERY.get(model.device.type, 1)
+    end = -1 if config.eos_token_id is None else config.eos_token_id    # -1: nothing ends it
+    response = torch.full((len(prompts), max_new_tokens), end, device=model.device)
+    with torch.inference_mode():        # as no_grad, but a single row takes a sixth less time
+        batch, logits = prefill(model, prompts, noise)
+        for t in range(max_new_tokens):
+            batch.token = sample(logits, temperature, batch.noise[:, t])
+            batch.ended = batch.ended | (batch.token == end)
+            response[batch.rows, t] = batch.token
+            if (t + 1) % every == 0:
+                drop_ended(batch)
+            if t + 1 == max_new_tokens or len(batch.rows) == 0:
+                break
+            logits = decode(model, batch)
+    is_end = response[:, :t + 1] == end
     mask = is_end.cumsum(1) - is_end.long() == 0                        # no end before this token
-    return response.masked_fill(~mask, pad), mask
+    return response[:, :t + 1].masked_fill(~mask, config.pad_token_id or 0), mask
 
 
 # --- Checkpoints: a folder with config.json and model.safetensors, and the tokenizer's files ----
-
 
 def save_checkpoint(model, folder):
     """Writes the config first and the weights last: where they are, the checkpoint is whole."""
@@ -406,10 +391,7 @@ def refuse_other_kinds(folder, stored, config):
 
 
 def load_checkpoint(folder, device="cpu"):
-    """Opens a checkpoint of ours, or one of Hugging Face's, as a GPT in eval mode and float32.
-
-    Raises UserError: it is missing, damaged, or asks for what this model does not compute.
-    """
+    """A checkpoint as a GPT, float32, in eval mode. UserError: missing, damaged or other kind."""
     folder = Path(folder)
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
@@ -434,6 +416,5 @@ def load_checkpoint(folder, device="cpu"):
     try:
         model.load_state_dict(weights)
     except (RuntimeError, AttributeError) as error:
-        raise UserError(f"{folder}: weights and config.json do not belong together: "
-                        f"{error}") from error
+        raise UserError(f"{folder}: weights and config do not belong together: {error}") from error
     return model.to(device).eval()
