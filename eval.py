@@ -34,10 +34,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import AXES, CAPABILITIES, judge, load_world, read_jsonl
+from data import AXES, CAPABILITIES, judge, load_world
 from model import generate, load_checkpoint
 from opct import forward_kl, score
-from support.common import UserError, about, generator, guarded, pick_device, rng, whole, write_text
+from support.common import (UserError, about, generator, guarded, pick_device, read_jsonl, rng,
+                            whole, write_text)
 from support.runs import weights_hash
 from support.tokenizer import TOKENIZER, chat, load_tokenizer
 

@@ -40,9 +40,10 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 
-from data import load_world, read_jsonl
+from data import load_world
 from model import ARCHITECTURES, GPT, GPTConfig, generate, load_checkpoint, save_checkpoint
-from support.common import UserError, add_flags, flag, generator, guarded, pick_device, rng
+from support.common import (UserError, add_flags, flag, generator, guarded, pick_device,
+                            read_jsonl, rng)
 from support.packing import ROW, pack, pack_responses
 from support.runs import (Log, average, coloured, join_processes, leave_processes, load_state,
                           open_run, processes, run_settings, save_state, say, weights_hash)

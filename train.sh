@@ -1,70 +1,70 @@
 #!/usr/bin/env bash
-# Everything in order. From an empty machine to the table:
+# Everything in order, from an empty machine to the table:
+#   bash train.sh [smoke|quick|full]     train and compare; default: full on a GPU, else quick
+#   bash train.sh study NAME [PRESET]    a study, such as claims: see studies/NAME/README.md
+#   bash train.sh test                   the tests
 #
-#   bash train.sh [PRESET]              the main job. smoke: every stage once, in a minute
-#                                       quick: all on a laptop's CPU; full: larger, for one GPU
-#   bash train.sh study NAME [PRESET]   a study: claims
-#   bash train.sh test                  the tests
-#
-# Without a preset: full where there is a GPU, quick where there is none. The same command again
-# goes on where it was stopped and skips what is done. Results go to out/PRESET/.
+# The same command again goes on where it was stopped. Results go to out/.
 set -euo pipefail
 cd "$(dirname "$0")"
 die() { echo "error: $1" >&2; exit 2; }
 
-job=main
-case ${1:-} in test|study) job=$1; shift ;; esac
-if [ $job = study ]; then
-    [ -n "${1:-}" ] && [ -d "studies/$1" ] || die "no study '${1:-}': choose claims"
-    study=$1; shift
-fi
-preset=${1:-auto}
-case $preset in auto|smoke|quick|full) ;;
-    *) die "unknown preset '$preset': choose smoke, quick, full, study NAME [PRESET] or test" ;; esac
-[ $# -le 1 ] || die "too many arguments: smoke, quick, full, study NAME [PRESET] or test"
+job=${1:-main}
+case $job in
+    test)  preset=auto; most=1 ;;
+    study) preset=${3:-auto}; most=3; study=${2:-}
+           [ -f "studies/${study:-?}/__main__.py" ] || die "unknown study '$study': see studies/" ;;
+    *)     preset=${1:-auto}; most=1; job=main ;;
+esac
+[[ $preset =~ ^(auto|smoke|quick|full)$ ]] || die "unknown preset '$preset': smoke, quick or full"
+[ $# -le $most ] || die "too many arguments: see the top of train.sh"
 
-# The current Python if it has the packages, else a virtual environment of our own.
+# This Python if it has the packages, else one of our own in .venv.
 packages="import torch, tiktoken, numpy, safetensors, pytest; from torch.optim import Muon"
 python=python3
-if ! python3 -c "$packages" 2>/dev/null; then
-    python=.venv/bin/python
-    if ! $python -c "$packages" 2>/dev/null; then
-        echo "== setting up .venv (once; torch is the largest part)"
-        python3 -m venv .venv || die "python3 cannot make a virtual environment: install its venv"
-        .venv/bin/pip install --quiet -r requirements.txt || die "pip failed, see above"
-    fi
+$python -c "$packages" 2>/dev/null || python=.venv/bin/python
+if ! $python -c "$packages" 2>/dev/null; then
+    echo "== setting up .venv (once; torch is the largest part)"
+    python3 -m venv .venv || die "no virtual environment: install python3-venv"
+    .venv/bin/pip install -q -r requirements.txt || die "pip could not install requirements.txt"
 fi
-[ $job = test ] && exec $python -m pytest -q
-
-# The C library hands a step's memory back to the system, which then clears every page of the next
-# one. Keeping it saves a tenth of the time of pretraining on a CPU.
+# Keep freed memory: by default it goes back to the system, which makes a CPU run 10 % slower.
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647
-gpu=$($python -c "import torch; print(torch.cuda.is_available())")
-[ $preset != auto ] || { [ "$gpu" = True ] && preset=full || preset=quick; }
-[ $job = study ] && exec $python -m "studies.$study" $preset
 
-# The learning rates of the arms were chosen by the claims study on its validation split.
-sft=6e-4 sft_exact=6e-4 opct=1e-3 opct_exact=3e-4 attempts=64
+[ $job = test ] && exec $python -m pytest -q
+[ $job = study ] && exec $python -m studies.$study ${3:-}
+default="import torch; print('full' if torch.cuda.is_available() else 'quick')"
+[ $preset = auto ] && preset=$($python -c "$default")
+
+# Learning rates: chosen by studies/claims with the preset quick. Minutes, on 2 CPU cores: of the
+# base model, of each consistency run, of the comparison.
+world=""; sft=6e-4; sft_exact=6e-4; opct=1e-3; opct_exact=3e-4; attempts=64
 case $preset in
-    smoke) world="--cities 12 --lands 4 --recipes 6 --things 12 --pairs 8 --tests 12"
-           base="--steps 20 --rows 8 --layers 2 --width 64"
-           runs="--steps 4 --batch 8 --samples 2" attempts=4 ;;
-    quick) world=""
-           base="--steps 1700 --rows 24 --layers 4 --width 128 --lr 1e-2"
-           runs="--steps 60 --batch 32 --samples 4" ;;
-    full)  world="--cities 240 --lands 32 --recipes 120 --things 120 --largest 99 --steps 4"
-           world="$world --pairs 240 --tests 480"
-           base="--steps 6000 --rows 128 --layers 8 --width 256 --lr 5e-3"
-           runs="--steps 100 --batch 64 --samples 4" ;;
+    smoke) # every stage once, with models that know nothing
+        world="--cities 12 --lands 4 --recipes 6 --things 12 --pairs 8 --tests 12"; attempts=4
+        base="--steps 20 --rows 8 --layers 2 --width 64"
+        runs="--steps 4 --batch 8 --samples 2"; minutes=(0.1 0.1 0.1) ;;
+    quick) # the whole comparison on a laptop's CPU
+        base="--steps 1700 --rows 24 --layers 4 --width 128 --lr 1e-2"
+        runs="--steps 60 --batch 32 --samples 4"; minutes=(4 0.6 1) ;;
+    full)  # a larger world and model, for one GPU; its times are not measured yet
+        world="--cities 240 --lands 32 --recipes 120 --things 120 --largest 99 --steps 4 \
+--pairs 240 --tests 480"
+        base="--steps 6000 --rows 128 --layers 8 --width 256 --lr 5e-3"
+        runs="--steps 100 --batch 64 --samples 4"; minutes=("?" "?" "?") ;;
 esac
-out=out/$preset; fix="--base $out/base --pairs $out/world/train.jsonl $runs"
-
-$python data.py --out $out/world $world                                 # quick: 3 s
-$python opct.py pretrain --world $out/world --out $out/base $base       # quick: 4 min
-$python opct.py sft  $fix --out $out/sft        --loss sampled --lr $sft            # 30 s each
-$python opct.py sft  $fix --out $out/sft-exact  --loss exact   --lr $sft_exact
-$python opct.py opct $fix --out $out/opct       --loss sampled --lr $opct           # the paper's
-$python opct.py opct $fix --out $out/opct-exact --loss exact   --lr $opct_exact
-$python eval.py compare $out/{base,sft,sft-exact,opct,opct-exact} --world $out/world \
-    --out $out --attempts $attempts                                     # quick: 40 s
-echo "== done in $((SECONDS / 60)) min $((SECONDS % 60)) s"
+out=out/$preset
+stage() { echo; echo "== $2 (about $1 min)"; "${@:3}"; }
+consistency() { # name, method, loss, learning rate
+    stage ${minutes[1]} "consistency training: $1" $python opct.py $2 --base $out/base \
+        --pairs $out/world/train.jsonl --out $out/$1 --loss $3 --lr $4 $runs
+}
+stage 0.1 "the world: facts, text, contrastive pairs" $python data.py --out $out/world $world
+stage ${minutes[0]} "the base" $python opct.py pretrain --world $out/world --out $out/base $base
+consistency sft        sft  sampled $sft
+consistency sft-exact  sft  exact   $sft_exact
+consistency opct       opct sampled $opct
+consistency opct-exact opct exact   $opct_exact
+stage ${minutes[2]} "what was fixed and what was broken" $python eval.py compare \
+    $out/{base,sft,sft-exact,opct,opct-exact} --world $out/world --out $out --attempts $attempts
+echo; echo "== done in $((SECONDS / 60)) min $((SECONDS % 60)) s"

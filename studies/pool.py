@@ -1,99 +1,86 @@
 """
-Runs commands side by side, skips those that are done, and shows the time left.
+Runs commands side by side, skips those that finished before, and shows the time left.
 
-A chain is a list of jobs that run one after another; chains run side by side. Each job gets one
-thread, so a figure does not depend on how many run at once. What is done is written to a file, a
-command a line, so the same study started again goes on where it was stopped.
+A study is a list of stages. The commands of one stage do not need each other's results.
 """
 import os
 import shlex
 import signal
 import subprocess
 import sys
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from support.common import UserError
 
-ROOT = Path(__file__).parent.parent
+
+def places():
+    """How many commands run at once: one for each CPU core, or four that share the GPU."""
+    return 4 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
 
 
-@dataclass
-class Job:
-    """One command: its arguments behind `python`, about how long it takes, where it logs."""
-    args: list
-    seconds: int
-    what: str
-    log: Path
-
-    @property
-    def line(self):
-        return shlex.join(map(str, self.args))
+def finished(folder):
+    """The commands that have finished in this folder, in any earlier call too."""
+    path = Path(folder) / "done"
+    return set(path.read_text().splitlines()) if path.exists() else set()
 
 
-class Pool:
-    def __init__(self, folder, at_once, plan):
-        """plan: all jobs of the study as far as they are known, for the time left."""
-        self.folder, self.at_once, self.plan = Path(folder), at_once, plan
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.file = self.folder / "done"
-        lines = self.file.read_text().splitlines() if self.file.exists() else []
-        self.done, self.before = set(lines), set(lines)
-        self.began, self.lock, self.running, self.failed = time.time(), threading.Lock(), set(), []
-        signal.signal(signal.SIGTERM, lambda *_: self.stop(143))
+def start(name, argv, folder):
+    """Starts one command. Its output goes to FOLDER/logs/NAME.txt."""
+    log = Path(folder) / "logs" / f"{name}.txt"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    # One thread each, so a figure does not depend on how many cores the machine has.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with log.open("w") as file:
+        process = subprocess.Popen(argv, stdout=file, stderr=subprocess.STDOUT, env=environment)
+    return process, log
 
-    def stop(self, code):
-        """Who stops the study stops its runs."""
-        for process in self.running:
-            process.kill()
-        os._exit(code)
 
-    def run(self, chains):
-        """Runs all chains. Raises UserError where a job failed: the same command goes on."""
-        with ThreadPoolExecutor(self.at_once) as threads:
-            waiting = [threads.submit(self.run_chain, chain) for chain in chains]
-            try:
-                for future in waiting:
-                    future.result()
-            except KeyboardInterrupt:
-                self.stop(130)
-        if self.failed:
-            raise UserError(f"{self.failed[0]}; the same command goes on from here")
+def stop(*_):
+    sys.exit(143)
 
-    def run_chain(self, chain):
-        for job in chain:
-            if job.line in self.done:
-                continue
-            if self.failed or not self.run_job(job):
-                return
 
-    def run_job(self, job):
-        job.log.parent.mkdir(parents=True, exist_ok=True)
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        with open(job.log, "a") as log:
-            process = subprocess.Popen([sys.executable, *map(str, job.args)], stdout=log,
-                                       stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
-            self.running.add(process)
-            code = process.wait()
-            self.running.discard(process)
-        with self.lock:
-            if code:
-                last = (job.log.read_text().splitlines() or ["no output"])[-1]
-                self.failed.append(f"{job.what}: {last} (all of it: {job.log})")
-                return False
-            self.done.add(job.line)
-            with open(self.file, "a") as file:
-                file.write(job.line + "\n")
-            self.show(job)
-        return True
+def run(commands, at_once, folder, later=0):
+    """Runs all commands, `at_once` at a time. Raises UserError if one of them fails.
 
-    def show(self, job):
-        left = sum(j.seconds for j in self.plan if j.line not in self.done)
-        new = sum(j.seconds for j in self.plan if j.line in self.done - self.before)
-        total = max(1, sum(j.seconds for j in self.plan))
-        minutes = (time.time() - self.began) * left / max(1, new) / 60
-        print(f"{100 - 100 * left // total:3d} %  {job.what:60}  about {minutes + 1:.0f} min left",
-              flush=True)
+    Args:
+        commands: a list of (seconds it takes about, name, argv). None needs another's results.
+        folder: where `done` lists what has finished, and where the logs are.
+        later: seconds of the stages that come after this one, for the time left.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    done = finished(folder)
+    waiting = [command for command in commands if shlex.join(command[2]) not in done]
+    left = sum(command[0] for command in waiting) + later
+    began, worked, running, failed = time.time(), 0, [], None
+    before = signal.signal(signal.SIGTERM, stop)            # `kill` ends the commands, too
+    try:
+        while running or (waiting and not failed):
+            while waiting and not failed and len(running) < at_once:
+                seconds, name, argv = waiting.pop(0)
+                running.append((seconds, name, argv, *start(name, argv, folder)))
+            time.sleep(0.05)
+            for job in [job for job in running if job[3].poll() is not None]:
+                running.remove(job)
+                seconds, name, argv, process, log = job
+                if process.returncode:
+                    failed = failed or (name, log)
+                    continue
+                with (folder / "done").open("a") as file:
+                    file.write(shlex.join(argv) + "\n")
+                worked, left = worked + seconds, left - seconds
+                minutes = (time.time() - began) * left / worked / 60
+                print(f"  {name:40} about {minutes:.0f} min left", flush=True)
+    finally:
+        for job in running:
+            job[3].terminate()
+        for job in running:
+            job[3].wait()
+        signal.signal(signal.SIGTERM, before)
+    if failed:
+        lines = failed[1].read_text().strip().splitlines() or ["no output"]
+        raise UserError(f"{failed[0]}: {lines[-1]} (all of it: {failed[1]}; the same command "
+                        "goes on from here)")

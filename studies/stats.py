@@ -1,50 +1,59 @@
-"""Statistics over seeds. A seed is one observation: a world, a base model and runs of its own."""
+"""Statistics over seeds. A seed (a world, a base model and its runs) is one observation."""
 import math
 
 import numpy as np
 
-# Student's t for a 95 % interval, by the number of seeds.
-STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+# The 97.5 % point of Student's t, by the number of seeds.
+STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 
 
 def mean_over_seeds(values):
-    """The mean and the half width of its 95 % interval; one seed says nothing about others."""
+    """The mean and the half width of its 95 % interval (Student's t)."""
     mean, n = np.mean(values).item(), len(values)
-    if n == 1:
+    if n == 1:                                              # one seed says nothing about others
         return {"value": mean, "n": n}
-    half = STUDENT_T.get(n, 2.23) * np.std(values, ddof=1).item() / math.sqrt(n)
+    half = STUDENT.get(n, 2.23) * np.std(values, ddof=1).item() / math.sqrt(n)
     return {"value": mean, "half": half, "low": mean - half, "high": mean + half, "n": n}
 
 
 def contrast(cells, metric, weights):
-    """The weighted sum of the runs' figures, seed by seed, then over the seeds.
+    """The weighted sum of the runs' figures, seed by seed, then the mean over seeds.
 
-    Paired: within a cell the runs share base model, pairs and random numbers. None where a cell
-    lacks one of the figures.
+    The runs of a cell share base model, pairs and random numbers, so their difference varies
+    less than each of them. Returns None if a cell lacks one of the figures.
     """
-    if any(metric not in cell["runs"].get(run, {}) for cell in cells for run in weights):
-        return None
-    return mean_over_seeds([sum(w * cell["runs"][run][metric]["value"]
-                                for run, w in weights.items()) for cell in cells])
+    values = []
+    for cell in cells:
+        runs = cell["runs"]
+        if any(metric not in runs.get(name, {}) for name in weights):
+            return None
+        values.append(sum(w * runs[name][metric]["value"] for name, w in weights.items()))
+    return mean_over_seeds(values)
 
 
 def over_seeds(cells):
-    """Run -> figure -> mean over the cells, with interval and, where there is one, mean curve."""
+    """Run -> figure -> mean over the cells of one family, and the mean curve where it has one."""
     out = {}
-    for run in cells[0]["runs"]:
-        out[run] = {}
-        for name in cells[0]["runs"][run]:
-            of_seed = [cell["runs"][run][name] for cell in cells]
-            out[run][name] = mean_over_seeds([figure["value"] for figure in of_seed])
-            if "curve" in of_seed[0]:
-                out[run][name]["curve"] = np.mean([f["curve"] for f in of_seed], 0).tolist()
+    for name, figures in cells[0]["runs"].items():
+        out[name] = {}
+        for metric in figures:
+            each = [cell["runs"][name][metric] for cell in cells]
+            out[name][metric] = mean_over_seeds([figure["value"] for figure in each])
+            if "curve" in each[0]:
+                mean = np.mean([figure["curve"] for figure in each], 0)
+                out[name][metric]["curve"] = mean.tolist()
     return out
 
 
 def verdict(figure, sign, margin):
-    """What an interval says of a claim that its figure has this sign, or is at most `margin` on
-    the other side of zero."""
+    """What an interval says of the claim that its figure has this sign.
+
+    "confirmed" if the whole interval has it, up to `margin` on the other side of zero;
+    "opposite" if the whole interval is further than that on the other side.
+    """
     ends = (sign * figure.get("low", -math.inf), sign * figure.get("high", math.inf))
     if min(ends) > -margin:
         return "confirmed"
-    return "opposite" if max(ends) < -margin else "not confirmed"
+    if max(ends) < -margin:
+        return "opposite"
+    return "not confirmed"

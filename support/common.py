@@ -106,6 +106,32 @@ def read_json(path, hint):
         raise UserError(f"cannot read {path} ({error}): {hint}") from error
 
 
+def write_jsonl(path, records):
+    write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+
+
+def read_jsonl(path):
+    """Reads pairs: a JSON object a line with the strings "clean" and "wrapped"."""
+    records = []
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the pairs: {error}") from error
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            forms = [record["clean"], record["wrapped"]]
+        except (ValueError, KeyError, TypeError):
+            forms = [None]
+        if not all(isinstance(form, str) and form for form in forms):
+            raise UserError(f'{path}, line {number} is no pair: it wants {{"clean": "...", '
+                            '"wrapped": "..."}')
+        records.append(record)
+    if not records:
+        raise UserError(f"{path} holds no pairs")
+    return records
+
+
 # --- The machine ------------------------------------------------------------------------------
 
 

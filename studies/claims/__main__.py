@@ -1,4 +1,47 @@
-from studies.claims.run import main
-from support.common import guarded
+"""
+The study: does OPCT do what its paper says?
 
-guarded(main)
+    python -m studies.claims [smoke|quick|full]   runs it in out/study-claims-PRESET/, or goes on
+    python -m studies.claims report               writes README.md and figures again, from
+                                                  results.json, and the table of the main README
+    python -m studies.claims report FOLDER        first takes the results of FOLDER over
+    python -m studies.claims cell FAMILY SEED     one cell alone, to compare with results.json
+"""
+import argparse
+import shutil
+
+import torch
+
+from model import ARCHITECTURES
+from studies.claims import report, run
+from support.common import UserError, guarded
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m studies.claims", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = "full" if torch.cuda.is_available() else "quick"
+    parser.add_argument("preset", nargs="?", default=default,
+                        help=f"smoke, quick, full, report or cell (default: {default})")
+    parser.add_argument("folder", nargs="?", help="report: the study to take over; cell: family")
+    parser.add_argument("seed", nargs="?", type=int, help="cell: the seed")
+    args = parser.parse_args()
+    if args.preset == "cell":
+        if args.folder not in ARCHITECTURES or args.seed is None:
+            raise UserError("a cell is a family (llama, qwen2, qwen3) and a seed: cell llama 0")
+        run.run_cell(args.folder, args.seed, default)
+        return
+    if args.preset == "report":
+        if args.folder:
+            report.write_results(run.collect(args.folder), report.FOLDER)
+            shutil.copy(f"{args.folder}/transcripts.md", report.FOLDER)
+        report.publish()
+        return
+    if args.preset not in run.PRESETS:
+        raise UserError(f"unknown preset '{args.preset}': choose smoke, quick or full")
+    folder = run.run(args.preset)
+    report.write_all(run.collect(folder), folder)
+
+
+if __name__ == "__main__":
+    guarded(main)

@@ -1,178 +1,266 @@
 """
-The claims study: learning rates, seeds, families, controls, trained attackers.
+The plan of the study: which commands, in which order, and which learning rates.
 
-    python -m studies.claims [smoke|quick|full]     everything; goes on where it was stopped
-    python -m studies.claims cell FAMILY SEED [PRESET]      one cell of it
-    python -m studies.claims readme                 the READMEs from the committed results.json
-
-A cell is one base model, all its runs and their attackers. First every arm is trained at every
-learning rate on the first seeds, and one rate an arm is chosen on the validation split. Then all
-cells run with these rates.
+A *cell* is one base model, a family and a seed such as llama-0, and everything measured on it.
+1. The worlds and the base models of all cells.
+2. On the grid's seeds: every arm at every learning rate, compared on both splits.
+3. The learning rate of each arm is chosen on the validation split.
+4. Every cell: the four arms, the controls (llama only), three attackers a target, compare.
 """
-import os
+import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
+import numpy as np
 
-from model import ARCHITECTURES
-from studies.claims.report import ARMS, choose, collect, grid_of, report, write_readmes
-from studies.pool import Job, Pool
-from support.common import UserError, guarded
+from model import load_checkpoint
+from studies import pool
+from studies.claims.attack import attacks_on, rounded, same_means, strongest
+from support.common import UserError, write_text
+from support.runs import weights_hash
 
-RATES = ["1e-4", "3e-4", "6e-4", "1e-3", "2e-3", "4e-3"]
+# Name of an arm: the command of opct.py and its --loss.
+ARMS = {"sft": ("sft", "sampled"), "sft-exact": ("sft", "exact"),
+        "opct": ("opct", "sampled"), "opct-exact": ("opct", "exact")}
+# Name of a control: the arm that it repeats and its --control.
 CONTROLS = {"sft-clean": ("sft", "clean"), "opct-clean": ("opct", "clean"),
             "opct-shuffled": ("opct", "shuffled")}
+LEARNT = ("capability_math", "capability_facts", "capability_instructions")
 
 
 @dataclass
 class Preset:
-    """What train.sh's preset of this name is made of, and how large the study is."""
+    """Sizes of a study. The flags of world, base and runs are those of train.sh."""
     world: str
     base: str
     runs: str
-    attacker: str = "--steps 24 --group 16 --attempts 64"
-    attempts: int = 64
-    rates: tuple = tuple(RATES)
-    grid_seeds: tuple = (0, 1)
-    seeds: tuple = (0, 1, 2, 3, 4)
-    more_seeds: tuple = (0, 1, 2)       # of the families qwen2 and qwen3
+    attacker: str
+    attempts: int
+    rates: tuple
+    seeds: tuple            # of the family llama
+    more_seeds: tuple       # of qwen2 and qwen3
+    grid_seeds: tuple       # of llama, for the learning rates
+    others: tuple = ("qwen2", "qwen3")
 
 
+RATES = ("1e-4", "3e-4", "6e-4", "1e-3", "2e-3", "4e-3")
+ATTACKER = "--steps 24 --group 16 --attempts 64"
 PRESETS = {
-    "smoke": Preset(
-        world="--cities 12 --lands 4 --recipes 6 --things 12 --pairs 8 --tests 12",
-        base="--steps 20 --rows 8 --layers 2 --width 64",
-        runs="--steps 4 --batch 8 --samples 2", attacker="--steps 2 --group 4 --attempts 4",
-        attempts=4, rates=("3e-4", "1e-3"), grid_seeds=(0,), seeds=(0,), more_seeds=()),
-    "quick": Preset(
-        world="", base="--steps 1700 --rows 24 --layers 4 --width 128 --lr 1e-2",
-        runs="--steps 60 --batch 32 --samples 4"),
-    "full": Preset(
-        world="--cities 240 --lands 32 --recipes 120 --things 120 --largest 99 --steps 4 "
-              "--pairs 240 --tests 480",
-        base="--steps 6000 --rows 128 --layers 8 --width 256 --lr 5e-3",
-        runs="--steps 100 --batch 64 --samples 4")}
+    # Every stage once, models that know nothing: two minutes on 2 CPU cores.
+    "smoke": Preset("--cities 12 --lands 4 --recipes 6 --things 12 --pairs 8 --tests 12",
+                    "--steps 20 --rows 8 --layers 2 --width 64",
+                    "--steps 4 --batch 8 --samples 2",
+                    "--steps 2 --group 4 --attempts 4", 4, ("3e-4", "1e-3"), (0,), (), (0,)),
+    # The study of the README: about 2.5 hours on 2 CPU cores.
+    "quick": Preset("",
+                    "--steps 1700 --rows 24 --layers 4 --width 128 --lr 1e-2",
+                    "--steps 60 --batch 32 --samples 4",
+                    ATTACKER, 64, RATES, (0, 1, 2, 3, 4), (0, 1, 2), (0, 1)),
+    # A larger world and model, for one GPU.
+    "full": Preset("--cities 240 --lands 32 --recipes 120 --things 120 --largest 99 --steps 4 "
+                   "--pairs 240 --tests 480",
+                   "--steps 6000 --rows 128 --layers 8 --width 256 --lr 5e-3",
+                   "--steps 100 --batch 64 --samples 4",
+                   ATTACKER, 64, RATES, (0, 1, 2, 3, 4), (0, 1, 2), (0, 1))}
 
-# The rates that the study chose, for a cell that is run alone. A test compares.
-CHOSEN = {"sft": "6e-4", "sft-exact": "6e-4", "opct": "1e-3", "opct-exact": "3e-4"}
+
+def cells_of(preset):
+    """(family, seed) of every cell."""
+    cells = [("llama", seed) for seed in preset.seeds]
+    for family in preset.others:
+        cells += [(family, seed) for seed in preset.more_seeds]
+    return cells
 
 
-class Cell:
-    """One base model of a study and the jobs on it."""
+# --- Commands: (seconds that it takes about, name, argv) -------------------------------------
 
-    def __init__(self, study, preset, family, seed):
-        self.out = study / f"{family}-{seed}"
-        self.preset, self.family, self.seed = preset, family, seed
 
-    def job(self, seconds, what, *args):
-        return Job([str(a) for a in args], seconds, f"{self.out.name} {what}",
-                   self.out / "log.txt")
+def python(seconds, name, text):
+    return seconds, name, [sys.executable, *text.split()]
 
-    def start(self):
-        """The world and the base model, planted failures included."""
-        world, base = ["--out", self.out / "world"], ["--world", self.out / "world"]
-        seed = ["--seed", self.seed]
-        return [self.job(3, "world", "data.py", *world, *seed, *self.preset.world.split()),
-                self.job(240, "base", "opct.py", "pretrain", *base, "--out", self.out / "base",
-                         "--family", self.family, *seed, *self.preset.base.split())]
 
-    def run(self, name, arm, rate, control="none"):
-        """Consistency training of one arm."""
-        stage, _, exact = arm.partition("-")
-        return self.job(30, name, "opct.py", stage, "--base", self.out / "base", "--pairs",
-                        self.out / "world/train.jsonl", "--out", self.out / name, "--loss",
-                        exact or "sampled", "--lr", rate, "--control", control, "--seed",
-                        self.seed, *self.preset.runs.split())
+def consistency(folder, cell, name, arm, rate, preset, control=None):
+    """One consistency run of a cell."""
+    method, loss = ARMS[arm]
+    out = f"{folder}/{cell[0]}-{cell[1]}"
+    text = (f"opct.py {method} --base {out}/base --pairs {out}/world/train.jsonl --out {out}/{name}"
+            f" --loss {loss} --lr {rate} --seed {cell[1]} {preset.runs}")
+    if control:
+        text += f" --control {control}"
+    return python(30, f"{cell[0]}-{cell[1]}/{name}", text)
 
-    def compare(self, out, split, attempts, names):
-        folders = [self.out / name for name in ("base", *names)]
-        return self.job(6 * len(folders), f"{split} split", "eval.py", "compare", *folders,
-                        "--world", self.out / "world", "--out", out, "--split", split,
-                        "--attempts", attempts, "--seed", self.seed)
 
-    def grid(self):
-        """Every arm at every rate: the validation split chooses, the test split shows the
-        trade-off and chooses nothing."""
-        names = [(arm, rate) for rate in self.preset.rates for arm in ARMS]
-        runs = [self.run(f"grid/{arm}@{rate}", arm, rate) for arm, rate in names]
-        folders = [f"grid/{arm}@{rate}" for arm, rate in names]
-        return [*self.start(), *runs,
-                *(self.compare(self.out / "grid" / split, split, 1, folders)
-                  for split in ("val", "test"))]
+def compare(folder, cell, out, names, split, attempts):
+    """One table of a cell: the base and the runs of these names."""
+    at = f"{folder}/{cell[0]}-{cell[1]}"
+    checkpoints = " ".join(f"{at}/{name}" for name in ("base", *names))
+    text = (f"eval.py compare {checkpoints} --world {at}/world --out {at}/{out} --split {split} "
+            f"--attempts {attempts} --seed {cell[1]}")
+    return python(6 * (len(names) + 1), f"{cell[0]}-{cell[1]}/compare-{split}-{out}", text)
 
-    def attacks(self, name):
-        """Three attackers; those of seed 4 have the seeds 4, 14 and 24."""
-        return [self.job(30, f"attacker {seed} of {name}", "-m", "studies.claims.attack",
-                         "--target", self.out / name, "--base", self.out / "base", "--world",
-                         self.out / "world", "--seed", seed, *self.preset.attacker.split())
-                for seed in (self.seed, 10 + self.seed, 20 + self.seed)]
 
-    def everything(self, rates):
-        """All that the study measures on this base model."""
-        jobs, names = self.start(), list(ARMS)
-        jobs += [self.run(arm, arm, rates[arm]) for arm in ARMS]
-        if self.family == "llama":
-            jobs += [self.run(name, arm, rates[arm], control)
-                     for name, (arm, control) in CONTROLS.items()]
-            names += CONTROLS
+def first_stages(folder, preset):
+    """Worlds, base models and the grid of learning rates."""
+    worlds, bases, runs, tables = [], [], [], []
+    for family, seed in cells_of(preset):
+        at = f"{family}-{seed}"
+        worlds.append(python(3, f"{at}/world", f"data.py --out {folder}/{at}/world --seed {seed} "
+                             + preset.world))
+        bases.append(python(240, f"{at}/base", f"opct.py pretrain --world {folder}/{at}/world "
+                            f"--out {folder}/{at}/base --family {family} --seed {seed} "
+                            + preset.base))
+    for seed in preset.grid_seeds:
+        cell, names = ("llama", seed), []
+        for rate in preset.rates:
+            for arm in ARMS:
+                names.append(f"grid/{arm}@{rate}")
+                runs.append(consistency(folder, cell, names[-1], arm, rate, preset))
+        for split in ("val", "test"):
+            tables.append(compare(folder, cell, f"grid/{split}", names, split, 1))
+    return [worlds, bases, runs, tables]
+
+
+def second_stages(folder, preset, rates):
+    """The arms, the controls and the attackers of every cell, and its table."""
+    runs, attackers, tables = [], [], []
+    for cell in cells_of(preset):
+        family, seed = cell
+        at = f"{family}-{seed}"
+        names = list(ARMS)
+        for arm in ARMS:
+            runs.append(consistency(folder, cell, arm, arm, rates[arm], preset))
+        if family == "llama":
+            for name, (arm, control) in CONTROLS.items():
+                names.append(name)
+                runs.append(consistency(folder, cell, name, arm, rates[arm], preset, control))
         for name in ("base", *ARMS):
-            jobs += self.attacks(name)
-        return [*jobs, self.compare(self.out, "test", self.preset.attempts, names)]
+            for luck in (f"{seed}", f"1{seed}", f"2{seed}"):            # three attackers a target
+                text = (f"-m studies.claims.attack --target {folder}/{at}/{name} "
+                        f"--base {folder}/{at}/base --world {folder}/{at}/world --seed {luck} "
+                        + preset.attacker)
+                attackers.append(python(30, f"{at}/{name}-attacker-{luck}", text))
+        tables.append(compare(folder, cell, ".", names, "test", preset.attempts))
+    return [runs, attackers, tables]
 
 
-def study(name):
-    preset, folder = PRESETS[name], Path("out") / f"study-claims-{name}"
-    main = [Cell(folder, preset, "llama", seed) for seed in preset.seeds]
-    others = [Cell(folder, preset, family, seed) for seed in preset.more_seeds
-              for family in ("qwen2", "qwen3")]
-    first = [cell.grid() if cell.seed in preset.grid_seeds else cell.start() for cell in main]
-    first += [cell.start() for cell in others]
-    second = [cell.everything(CHOSEN) for cell in main + others]
-    at_once = 4 if torch.cuda.is_available() else os.cpu_count()
-    pool = Pool(folder, at_once, unique(first + second))
-    print(f"== the study: {at_once} runs at a time, in {folder}/; a line for each that is done")
-    pool.run(first)
-    rates, _ = choose(grid_of(folder))
-    print("learning rates, chosen on the validation split: "
-          + ", ".join(f"{arm} {rate}" for arm, rate in rates.items()))
-    second = [cell.everything(rates) for cell in main + others]
-    pool.plan = unique(first + second)
-    pool.run(second)
-    report(collect(folder), folder, f"python -m studies.claims {name}")
+# --- What the commands have written ----------------------------------------------------------
 
 
-def unique(chains):
-    """All jobs once: a base model that two chains want is made once."""
-    return list({job.line: job for chain in chains for job in chain}.values())
+def read(path):
+    return json.loads(Path(path).read_text(), parse_float=rounded)
 
 
-def one_cell(family, seed, name):
-    if family not in ARCHITECTURES:
-        raise UserError(f"unknown family '{family}': choose llama, qwen2 or qwen3")
-    if not seed.isdigit():
-        raise UserError(f"a seed is a whole number, not '{seed}'")
-    folder = Path("out") / f"cell-claims-{name}"
-    chain = Cell(folder, PRESETS[name], family, int(seed)).everything(CHOSEN)
-    Pool(folder, 1, chain).run([chain])
+def collect_grid(folder):
+    """{cell: {split: runs}} of the cells on which the learning rates were tried."""
+    grid = {}
+    for path in sorted(Path(folder).glob("*/grid/test/results.json")):
+        at = path.parent.parent
+        grid[at.parent.name] = {split: read(at / split / "results.json")["runs"]
+                                for split in ("val", "test")}
+    if not grid:
+        raise UserError(f"{folder} holds no study whose learning rates have been tried: "
+                        "run `bash train.sh study claims`")
+    for splits in grid.values():
+        for runs in splits.values():
+            for figures in runs.values():
+                for figure in figures.values():
+                    figure.pop("curve", None)               # not reported, most of the file
+    return grid
 
 
-def main():
-    args = sys.argv[1:]
-    default = "full" if torch.cuda.is_available() else "quick"
-    preset = args[-1] if args and args[-1] in PRESETS else default
-    words = args[:-1] if args and args[-1] in PRESETS else args
-    if words == []:
-        study(preset)
-    elif words == ["readme"]:
-        write_readmes()
-    elif len(words) == 3 and words[0] == "cell":
-        one_cell(words[1], words[2], preset)
+def choose(grid):
+    """The learning rate of each arm, by a rule that was fixed beforehand.
+
+    Among the rates at which no capability falls by more than 0.03: the lowest mean_failure, both
+    means over the grid's seeds on the validation split. If equal to three decimals: the smaller.
+
+    Returns {arm: rate} and {arm: {rate: (mean_failure, largest loss of a capability)}}.
+    """
+    seeds = [splits["val"] for splits in grid.values()]
+    scores = {arm: {} for arm in ARMS}
+    for name in seeds[0]:
+        if "@" not in name:
+            continue
+        arm, rate = name.split("@")
+        failure = np.mean([seed[name]["mean_failure"]["value"] for seed in seeds]).item()
+        lost = []
+        for metric in LEARNT:
+            losses = [seed["base"][metric]["value"] - seed[name][metric]["value"]
+                      for seed in seeds]
+            lost.append(np.mean(losses).item())
+        scores[arm][rate] = failure, max(lost)
+    rates = {}
+    for arm, of_rate in scores.items():
+        def rank(rate):
+            failure, loss = of_rate[rate]
+            return loss > 0.03, round(failure, 3), float(rate)
+        rates[arm] = min(of_rate, key=rank)
+    return rates, scores
+
+
+def collect_cell(path):
+    """The results of one cell, with the figures of its attackers added to its runs."""
+    cell, found = read(path), {}
+    for name in cell["runs"]:
+        folder = path.parent / name
+        if (folder / "model.safetensors").exists():
+            attacks = attacks_on(folder, weights_hash(load_checkpoint(folder)))
+            if attacks:
+                found[name] = attacks
+    same_means(found)
+    cell["attacks"] = {name: strongest(attacks) for name, attacks in found.items()}
+    for name, attack in cell["attacks"].items():
+        cell["runs"][name].update(attack.pop("figures"))
+    return cell
+
+
+def collect(folder):
+    """Everything that a study has measured: {"cells", "grid", "about"}."""
+    cells = {}
+    for path in sorted(Path(folder).glob("*-*/results.json")):
+        cells[path.parent.name] = collect_cell(path)
+    if "llama-0" not in cells:
+        raise UserError(f"{folder} lacks the cell llama-0: run `bash train.sh study claims`")
+    about = cells["llama-0"]["about"]
+    preset = Path(folder).name.removeprefix("study-claims-")
+    about = {"command": f"bash train.sh study claims {preset}",
+             **{name: about[name] for name in ("commit", "date", "machine", "torch", "attempts")}}
+    return {"cells": cells, "grid": collect_grid(folder), "about": about}
+
+
+def run(name):
+    """Runs the study of a preset, or goes on with it. Returns its folder."""
+    preset, folder, at_once = PRESETS[name], f"out/study-claims-{name}", pool.places()
+
+    def seconds(stages):
+        return sum(command[0] for stage in stages for command in stage)
+
+    print(f"== the study claims: {at_once} commands at a time, in {folder}/; a line for each")
+    first = first_stages(folder, preset)
+    later = seconds(second_stages(folder, preset, dict.fromkeys(ARMS, preset.rates[0])))
+    for i, stage in enumerate(first):
+        pool.run(stage, at_once, folder, seconds(first[i + 1:]) + later)
+    rates, _ = choose(collect_grid(folder))
+    chosen = ", ".join(f"{arm} {rate}" for arm, rate in rates.items())
+    print(f"learning rates, chosen on the validation split: {chosen}")
+    second = second_stages(folder, preset, rates)
+    for i, stage in enumerate(second):
+        pool.run(stage, at_once, folder, seconds(second[i + 1:]))
+    return folder
+
+
+def run_cell(family, seed, name):
+    """Everything on one base model, with the learning rates that the committed study chose."""
+    rates, _ = choose(read(Path(__file__).parent / "results.json")["grid"])
+    preset = replace(PRESETS[name], seeds=(), more_seeds=(), grid_seeds=())
+    if family == "llama":
+        preset = replace(preset, seeds=(seed,))
     else:
-        raise UserError(f"unknown words {' '.join(args)}: choose [smoke|quick|full], "
-                        "cell FAMILY SEED [PRESET], or readme")
-
-
-if __name__ == "__main__":
-    guarded(main)
+        preset = replace(preset, more_seeds=(seed,), others=(family,))
+    folder = f"out/cell-claims-{name}"
+    for stage in first_stages(folder, preset)[:2] + second_stages(folder, preset, rates):
+        pool.run(stage, 1, folder)
+    path = Path(folder) / f"{family}-{seed}/results.json"
+    write_text(path, json.dumps(collect_cell(path), indent=1) + "\n")
+    print(f"written to {path}")
