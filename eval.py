@@ -1,5 +1,4 @@
-"""
-What was fixed and what was broken.
+"""What was fixed and what was broken.
 
     python eval.py compare BASE RUN ... --world W --out DIR   results.json, results.md, results.png
     python eval.py chat CHECKPOINT [CHECKPOINT]               type a prompt, see the answers
@@ -39,18 +38,17 @@ from model import generate, load_checkpoint
 from opct import forward_kl, score
 from support.common import (UserError, about, generator, guarded, pick_device, read_jsonl, rng,
                             whole, write_text)
+from support.report import COLOURS, markdown, pyplot, save_figure
 from support.runs import weights_hash
 from support.tokenizer import TOKENIZER, chat, load_tokenizer
 
 BATCH = 512
 MAX_NEW_TOKENS = 64
-WIDTH = 100                                                 # of a table, in characters
 ORDER = ("sycophancy", "bias_reliance", "accuracy_biased", "accuracy_right_hint",
          "jailbreak_static", "jailbreak_best_of", "over_refusal", "safety_awareness",
          "over_warning", "mean_failure", "capability_math", "capability_facts",
          "capability_instructions", "drift_kl", "unclear")
 HIGHER = ("accuracy", "safety", "capability")               # better when higher begins so
-COLOURS = "#999999 #0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9".split()   # Okabe and Ito
 
 # --- Statistics ------------------------------------------------------------------------------
 
@@ -138,8 +136,8 @@ def on_axes(judged, hint_anyway):
     def of(axis, fails):
         return [(r, v) for r, v in judged if r["axis"] == axis and r["fails"] == fails]
 
-    wrong, hazards, told = of("sycophancy", True), of("safety", True), of("jailbreak", False)
-    told = share(told, "told")                              # of the harmless recipes
+    wrong, hazards = of("sycophancy", True), of("safety", True)
+    told = share(of("jailbreak", False), "told")            # of the harmless recipes
     run = {"sycophancy": share(wrong, "hint"),
            "accuracy_biased": share(wrong, "right"),
            "accuracy_right_hint": share(of("sycophancy", False), "right"),
@@ -204,22 +202,6 @@ def figure_text(name, figure, intervals=True):
     return text
 
 
-def markdown(lines):
-    """A Markdown table of lists of cells, the first of them the head. Columns that do not fit into
-    100 characters go into a second table below, again behind the first column."""
-    width = [max(map(len, column)) + 3 for column in zip(*lines)]
-    fit = len(width)
-    while fit > 2 and sum(width[:fit]) >= WIDTH:
-        fit -= 1
-    rows = ["| " + " | ".join(cell.ljust(w - 3) for cell, w in zip(line, width[:fit])) + " |"
-            for line in lines]
-    rule = "|" + "|".join("-" * (w - 1) for w in width[:fit]) + "|"
-    text = "\n".join([rows[0], rule, *rows[1:]])
-    if fit == len(width):
-        return text
-    return text + "\n\n" + markdown([line[:1] + line[fit:] for line in lines])
-
-
 def table(runs, metrics=ORDER, n="n", intervals=False):
     """The figures as a Markdown table; `n` is what the last column counts."""
     lines = [["(+: higher is better)", *runs, n]]
@@ -242,23 +224,6 @@ def transcripts(records, responses):
             out += [f"{axis}: {records[i]['wrapped']}",
                     *(f"    {name:12} {text[i]}" for name, text in responses.items()), ""]
     return "\n".join(out)
-
-
-def pyplot():
-    """matplotlib's pyplot, drawing to files; None, and a word about it, if it is not installed."""
-    try:
-        import matplotlib.pyplot
-    except ImportError:
-        return print("matplotlib is not installed: the figure is left out")
-    matplotlib.use("agg")
-    return matplotlib.pyplot
-
-
-def save_figure(plt, fig, path):
-    for ax in fig.axes:
-        ax.spines[["top", "right"]].set_visible(False)
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
 
 
 def broken_and_left(run, base):
@@ -301,7 +266,6 @@ def draw(runs, kl, path):
 
 
 # --- Commands --------------------------------------------------------------------------------
-
 
 def same_world(folders, world):
     """The hashes of the weights. Better to hear of a damaged checkpoint, or of one that has learnt
@@ -355,25 +319,25 @@ def talk(args):
         if not line.strip():
             break
         for name, (model, tokenizer) in models.items():
-            seed = (args.seed, turn)
             try:
-                said = respond(model, tokenizer, [line.strip()], seed, args.temperature)[0]
+                said = respond(model, tokenizer, [line.strip()], (args.seed, turn),
+                               args.temperature)[0]
             except (UserError, ValueError) as error:        # too long for the context: go on
                 said = error
             print(f"  {name:{max(map(len, models))}}  {said}", flush=True)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
+    parser = argparse.ArgumentParser(description="What was fixed and what was broken.")
     commands = parser.add_subparsers(dest="command", required=True)
     c = commands.add_parser("compare", help="the table, results.json, results.md and results.png")
     c.add_argument("checkpoints", nargs="+", help="folders; the first is the base")
     c.add_argument("--world", required=True, help="the folder that `python data.py --out` wrote")
     c.add_argument("--out", required=True, help="the folder for the results")
-    c.add_argument("--split", choices=("val", "test"), default="test", help="(default: test)")
+    c.add_argument("--split", choices=("val", "test"), default="test")
     c.add_argument("--attempts", type=whole, default=64, help="frames a recipe (default: 64)")
     t = commands.add_parser("chat", help="type a prompt, see the answer")
-    t.add_argument("checkpoints", nargs="+", help="one or more folders")
+    t.add_argument("checkpoints", nargs="+")
     t.add_argument("--temperature", type=float, default=1.0, help="0: the likeliest token")
     for p in (c, t):
         p.add_argument("--seed", type=int, default=0, help="of all sampling (default: 0)")

@@ -1,5 +1,4 @@
-"""
-On-Policy Consistency Training (OPCT, arXiv 2605.21834) beside its offline baseline (SFT).
+"""On-Policy Consistency Training (OPCT, arXiv 2605.21834) beside its offline baseline (SFT).
 
 A contrastive pair is one request in two forms, `clean` x and `wrapped` x~ (see data.py). The
 student pi_theta should behave on x~ as the teacher pi_0 behaves on x. The teacher is a frozen
@@ -13,22 +12,18 @@ copy of the model as it stood when training started.
 
 One update of OPCT (`opct_step`, `train`):
 
-    1. take some pairs and sample the student's responses to the wrapped prompts, at
-       temperature 1 and without truncation;
+    1. sample the student's responses to some wrapped prompts, at temperature 1, untruncated;
     2. score each token of them with the student, after the wrapped prompt, with gradient;
     3. score the same tokens with the teacher, after the clean prompt;
     4. the loss is the KL at each token, summed over a response, averaged over responses;
-    5. take one step of the optimizer.
+    5. take one step of the optimizer. No reward, no critic, no label, no second update.
 
-There is no reward, no critic, no label, and no second update on the same samples.
-
-Each method has two losses. `--loss sampled` uses the token that was sampled, as the paper and
-plain SFT do. `--loss exact` uses the whole distribution, which has the same expected gradient
-and less noise. `sft_step` and `opct_step` differ in whose response and which loss, no more.
+Each method has two losses: on the token that was sampled, as in the paper and in plain SFT, or
+exact, on the whole distribution, with the same expected gradient and less noise. `sft_step` and
+`opct_step` differ in whose response and which loss, no more.
 
     python opct.py pretrain --world W --out BASE
-    python opct.py sft  --base BASE --pairs W/train.jsonl --out RUN [--loss sampled|exact]
-    python opct.py opct --base BASE --pairs W/train.jsonl --out RUN [--loss sampled|exact]
+    python opct.py opct|sft --base BASE --pairs W/train.jsonl --out RUN [--loss sampled|exact]
 """
 import argparse
 import copy
@@ -45,18 +40,18 @@ from model import ARCHITECTURES, GPT, GPTConfig, generate, load_checkpoint, save
 from support.common import (UserError, add_flags, flag, generator, guarded, pick_device,
                             read_jsonl, rng)
 from support.packing import ROW, pack, pack_responses
-from support.runs import (Log, average, coloured, join_processes, leave_processes, load_state,
-                          open_run, processes, run_settings, save_state, say, weights_hash)
-from support.tokenizer import IM_END, PAD, chat, document_tokens, load_tokenizer, save_tokenizer
+from support.runs import (Log, average, coloured, controlled, join_processes, leave_processes,
+                          load_state, open_run, pairs_of_update, processes, run_settings,
+                          save_state, say, weights_hash)
+from support.tokenizer import (IM_END, PAD, chat, chat_all, document_tokens, load_tokenizer,
+                               save_tokenizer)
 
 # --- Objectives: pure functions, one value a token. tests/test_gradients.py is about these -----
-
 
 def reverse_kl(logp_student, logp_teacher):
     """KL(student || teacher) at each token, in nats: (N, V), (N, V) -> (N,). OPCT, exact.
 
-    The prefix is held fixed: the gradient ignores that another token here leads to other tokens
-    later (gamma = 0 below). 2605.21834.
+    At a fixed prefix: that another token here leads to other tokens later is ignored. 2605.21834.
     """
     p, q = logp_student.exp(), logp_teacher.exp()
     # `- p + q` sums to zero. Without it the gradient at agreement is rounding noise, and Adam
@@ -77,12 +72,9 @@ def cross_entropy(logp_token):
 def advantage(logp_student, logp_teacher, mask, gamma=0.0):
     """A_t = -sum_{u >= t} gamma^(u-t) Delta_u, Delta_t = log pi_theta(y_t) - log pi_0(y_t).
 
-    The KL estimate of the sampled token as a reward, so without gradient. gamma = 0 is the
-    paper's choice: in expectation the gradient of `reverse_kl`. gamma = 1 gives the gradient of
-    the KL between whole responses. 2605.21834, lambda = 1.
-
-    Args: the log-probabilities of the N sampled tokens, (N,) and (N,); mask (B, T), which says
-    where a response ends. Returns (N,).
+    The sampled token's KL estimate as a reward, without gradient: (N,), (N,) and mask (B, T),
+    which says where a response ends -> (N,). gamma = 0, the paper's choice, gives the gradient of
+    `reverse_kl` in expectation; gamma = 1 that of the KL between whole responses. 2605.21834.
     """
     delta = (logp_student - logp_teacher).detach()
     total = delta.new_zeros(mask.shape).masked_scatter(mask, delta)             # (B, T)
@@ -94,19 +86,17 @@ def advantage(logp_student, logp_teacher, mask, gamma=0.0):
 def policy_gradient(logp_token, logp_sampled, advantage):
     """-ratio_t * A_t, ratio_t = pi_theta(y_t) / pi_sampled(y_t): (N,) -> (N,). OPCT, sampled.
 
-    With one update a batch the sampler is the student: `logp_sampled` is logp_token.detach()
-    and the ratio is 1, but the gradient flows through it. The gradient of
-    log pi_theta - log pi_0 itself is zero in expectation.
+    The sampler is the student here, so `logp_sampled` is logp_token.detach() and the ratio 1, but
+    the gradient flows through it. That of log pi_theta - log pi_0 is zero in expectation.
     """
     return -(logp_token - logp_sampled).exp() * advantage
 
 
 # --- The two methods, side by side. Each: pairs in, loss out -----------------------------------
 
-
 @dataclass
 class Pairs:
-    """The pairs of one update: B prompts in tokens, each as often as it gets responses."""
+    """The B prompts of an update in tokens, each as often as it gets responses."""
     clean: list
     wrapped: list
     response: torch.Tensor | None = None    # sft: (B, T), sampled once before training
@@ -145,7 +135,6 @@ def opct_step(student, teacher, pairs, config):
 
 # --- Scoring ---------------------------------------------------------------------------------
 
-
 def hidden_states(model, packed):
     """The last hidden states of packed rows, flattened: (R * W, C)."""
     return model.model(*packed.inputs(model.device)).flatten(0, 1)
@@ -170,7 +159,6 @@ def pick(logp, tokens):
 
 # --- The training loop -------------------------------------------------------------------------
 
-
 @dataclass
 class PretrainConfig:
     """Trains the base model on fresh text of the world."""
@@ -183,7 +171,6 @@ class PretrainConfig:
     steps: int = flag(1700, "steps")
     lr: float = flag(1e-2, "highest learning rate")
     clip: float = flag(1.0, "largest gradient norm")
-    weight_decay: float = flag(0.1, "weight decay")
     seed: int = flag(0, "initialisation, documents and their order follow from it")
     save_every: int = flag(100, "steps between two saved states")
     device: str = flag(None, "cpu or cuda; the best there is")
@@ -195,8 +182,7 @@ class ConsistencyConfig:
     base: str = flag("base", "the checkpoint to start from; the teacher is a frozen copy of it")
     pairs: str = flag("world/train.jsonl", "contrastive pairs, one JSON object a line")
     out: str = flag("run", "the folder for checkpoint and log")
-    loss: str = flag("exact", "on the sampled token, or exact: on the whole distribution",
-                     choices=["sampled", "exact"])
+    loss: str = flag("exact", "sampled token or exact KL", choices=["sampled", "exact"])
     gamma: float = flag(0.0, "opct --loss sampled: discount of later tokens' KL")
     control: str = flag("none", "clean: the student sees the clean prompts, too; shuffled: the "
                         "teacher sees those of other pairs", choices=["none", "clean", "shuffled"])
@@ -221,9 +207,9 @@ def learning_rate(step, config):
 def train(model, step_of, config, optimizers):
     """The loop of every stage: `step_of(step)` returns the loss and the values to log.
 
-    All randomness follows from (seed, step), and the whole state is saved every `save_every`
-    steps. So a run that was killed and started again ends with the same weights as an unbroken
-    one: bit for bit on a CPU with the same number of threads.
+    All randomness follows from (seed, step), and the whole state is saved now and then. So a run
+    that was killed and started again ends like an unbroken one: bit for bit on a CPU with the same
+    number of threads.
     """
     model.train()
     start = load_state(config.out, model, optimizers)
@@ -240,12 +226,10 @@ def train(model, step_of, config, optimizers):
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip).item()
             means = {name: (total / count).item() for name, (total, count) in sums.items()}
             if not math.isfinite(means["loss"] + norm):
-                raise UserError(f"loss {means['loss']} and gradient norm {norm} at step {step}: "
-                                f"stopped, {config.out} keeps what was saved before. Start again "
-                                "in another folder, with a smaller --lr")
-            rate = learning_rate(step, config)
+                raise UserError(f"loss {means['loss']}, gradient {norm} at step {step}: stopped; "
+                                "start again in another folder, with a smaller --lr")
             for optimizer in optimizers:
-                optimizer.param_groups[0]["lr"] = rate
+                optimizer.param_groups[0]["lr"] = rate = learning_rate(step, config)
                 optimizer.step()
                 optimizer.zero_grad()
             tokens = round(means.pop("tokens") * processes()[1])
@@ -260,7 +244,6 @@ def train(model, step_of, config, optimizers):
 
 # --- Pretraining: next-token prediction on fresh documents of the world ------------------------
 
-
 def pretraining_batch(world, tokenizer, random, rows):
     """Packed fresh documents. At 97 % of the room first-fit leaves none of them out."""
     groups, room = [], 0.97 * rows * ROW
@@ -270,89 +253,46 @@ def pretraining_batch(world, tokenizer, random, rows):
     return pack(groups[:-1], max_rows=rows)
 
 
-def new_model(config, tokenizer):
-    torch.manual_seed(config.seed)
-    special = tokenizer.encode_single_token
-    return GPT(GPTConfig(
-        model_type=config.family, vocab_size=tokenizer.n_vocab, hidden_size=config.width,
-        intermediate_size=config.width * 11 // 4, num_hidden_layers=config.layers,
-        num_attention_heads=config.width // 32, num_key_value_heads=config.width // 64,
-        head_dim=32, eos_token_id=special(IM_END), pad_token_id=special(PAD)))
-
-
 def pretrain(config):
     (rank, size), device = processes(), pick_device(config.device)
     world, tokenizer = load_world(config.world), load_tokenizer(config.world)
     if config.width % 64:
-        raise UserError(f"--width {config.width}: it has to be a multiple of 64, two query heads "
-                        "of 32 for each key head")
+        raise UserError(f"--width {config.width}: it has to be a multiple of 64")
     if config.rows % size:
         raise UserError(f"--rows {config.rows} cannot be shared out evenly by {size} processes")
     if not open_run(config.out, run_settings(config, "pretrain", world=asdict(world.config))):
         return
     save_tokenizer(tokenizer, config.out)
-    model = new_model(config, tokenizer).to(device)
+    torch.manual_seed(config.seed)
+    model = GPT(GPTConfig(
+        model_type=config.family, vocab_size=tokenizer.n_vocab, hidden_size=config.width,
+        intermediate_size=config.width * 11 // 4, num_hidden_layers=config.layers,
+        num_attention_heads=config.width // 32, num_key_value_heads=config.width // 64,
+        head_dim=32, eos_token_id=tokenizer.encode_single_token(IM_END),
+        pad_token_id=tokenizer.encode_single_token(PAD))).to(device)
     say(f"pretrain: {sum(p.numel() for p in model.parameters()):,} parameters, {config.steps} "
         f"steps of {config.rows * ROW:,} tokens on {device}")
 
     def step_of(step):
-        packed = pretraining_batch(world, tokenizer, rng(config.seed, "pretrain", step),
-                                   config.rows)
-        count = (packed.next_tokens() >= 0).sum()
+        random = rng(config.seed, "pretrain", step)
+        packed = pretraining_batch(world, tokenizer, random, config.rows)
         mine = packed.rows(slice(rank, None, size))         # the rows of this process
         target = mine.next_tokens().flatten().to(device)
         logits = model.lm_head(hidden_states(model, mine))                          # (R * W, V)
         total = F.cross_entropy(logits, target, reduction="sum", ignore_index=-1)
-        return total * size / count, {"tokens": (target >= 0).sum()}
+        share = size / (packed.next_tokens() >= 0).sum()    # of all processes' tokens
+        return total * share, {"tokens": (target >= 0).sum()}
 
     # Muon for the matrices, where it needs about a third of AdamW's steps here. The adjustment
     # gives both the same size of update, so one learning rate serves the two.
     matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if all(p is not m for m in matrices)]
-    decay = config.weight_decay
     train(model, step_of, config, [
-        torch.optim.Muon(matrices, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=decay, fused=True)])
+        torch.optim.Muon(matrices, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.1, fused=True)])
 
 
 # --- Consistency training: the step function is all that SFT and OPCT differ in ----------------
-
-
-def controlled(records, config):
-    """The records of a control: no wrapped prompts, or clean prompts of other pairs."""
-    if config.control == "clean":       # nothing to learn: what changes now, training itself does
-        return [{**r, "wrapped": r["clean"]} for r in records]
-    if config.control == "none":
-        return records
-    # Nothing to be consistent with. Each pair gets the clean prompt of the next in a random ring.
-    out, ring = list(records), rng(config.seed, "shuffled").sample(range(len(records)),
-                                                                   len(records))
-    for i, j in zip(ring, ring[1:] + ring[:1]):
-        out[i] = {**records[i], "clean": records[j]["clean"]}
-    return out
-
-
-def prompts_of(records, form, tokenizer, config, context):
-    """One form of each record in tokens, as often as it gets responses."""
-    out = []
-    for number, record in enumerate(records, 1):
-        prompt = chat(tokenizer, record[form])
-        if len(prompt) > context - config.max_new_tokens:
-            raise UserError(f"{config.pairs}, pair {number}: a prompt of {len(prompt)} tokens "
-                            f"leaves no room for {config.max_new_tokens} new ones in the context "
-                            f"of {context}: shorten it, or lower --max-new-tokens")
-        out += [prompt] * config.samples
-    return out
-
-
-def rows_of_update(step, n, config):
-    """The pairs in a new random order in every epoch, each with all its responses."""
-    rows = []
-    for at in range(step * config.batch, (step + 1) * config.batch):
-        order = rng(config.seed, "epoch", at // n).sample(range(n), n)
-        rows += [order[at % n] * config.samples + s for s in range(config.samples)]
-    return rows
-
 
 def offline_responses(teacher, clean, config):
     """The teacher's responses to all clean prompts and their mask: (N, max_new_tokens) each."""
@@ -371,49 +311,45 @@ def consistency(config, stage):
     records = read_jsonl(config.pairs)
     student, tokenizer = load_checkpoint(config.base, device), load_tokenizer(config.base)
     if config.gamma and (stage == "sft" or config.loss == "exact"):
-        raise UserError("--gamma discounts the sampled token's KL: it goes with "
-                        "`opct --loss sampled`")
+        raise UserError("--gamma goes with `opct --loss sampled`: it discounts the KL of that")
     if config.batch * config.samples % size:
-        raise UserError(f"{config.batch} pairs with {config.samples} responses cannot be shared "
-                        f"out evenly by {size} processes")
+        raise UserError(f"{config.batch} x {config.samples} responses do not divide by {size}")
     teacher = copy.deepcopy(student).requires_grad_(False).eval()       # the run-start copy
-    teacher_hash = weights_hash(teacher)
-    pairs_hash = hashlib.sha256(repr(records).encode()).hexdigest()[:16]
-    if not open_run(config.out, run_settings(config, stage, teacher=teacher_hash,
-                                             pairs_hash=pairs_hash)):
+    settings = run_settings(config, stage, teacher=weights_hash(teacher),
+                            pairs_hash=hashlib.sha256(repr(records).encode()).hexdigest()[:16])
+    records = controlled(records, config)
+    room = student.config.max_position_embeddings - config.max_new_tokens
+    clean, wrapped = (chat_all(tokenizer, [r[form] for r in records], room, config)
+                      for form in ("clean", "wrapped"))
+    if not open_run(config.out, settings):
         return
     save_tokenizer(tokenizer, config.out)
-    records = controlled(records, config)
-    context = student.config.max_position_embeddings
-    clean = prompts_of(records, "clean", tokenizer, config, context)
-    wrapped = prompts_of(records, "wrapped", tokenizer, config, context)
     say(f"{stage} ({config.loss}): {len(records)} pairs, {config.steps} updates of "
         f"{config.batch} pairs with {config.samples} responses each on {device}")
     if stage == "sft":
         response, mask = offline_responses(teacher, clean, config)
 
     def step_of(step):
-        rows = rows_of_update(step, len(records), config)
+        rows = pairs_of_update(step, len(records), config)
         mine = rows[rank::size]                             # the rows of this process
         pairs = Pairs([clean[i] for i in mine], [wrapped[i] for i in mine])
         if stage == "sft":
             pairs.response, pairs.mask = response[mine], mask[mine]
             return sft_step(student, teacher, pairs, config)
-        noise = torch.rand(len(rows), config.max_new_tokens,
-                           generator=generator(config.seed, "sampling", step))
-        pairs.noise = noise[rank::size]
+        draws = generator(config.seed, "sampling", step)
+        pairs.noise = torch.rand(len(rows), config.max_new_tokens, generator=draws)[rank::size]
         return opct_step(student, teacher, pairs, config)
 
-    example = next((r for r in records if r.get("fails")), records[0])
-    show_example(student, teacher, tokenizer, example, config)
+    show_example(student, teacher, tokenizer, records, config)
     train(student, step_of, config, [torch.optim.AdamW(
         student.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)])
-    assert weights_hash(teacher) == teacher_hash, "the teacher changed during training"
+    assert weights_hash(teacher) == settings["teacher"], "the teacher changed during training"
 
 
 @torch.no_grad()
-def show_example(student, teacher, tokenizer, record, config):
+def show_example(student, teacher, tokenizer, records, config):
     """Prints one pair, the student's response to its wrapped form, and the KL at each token."""
+    record = next((r for r in records if r.get("fails")), records[0])
     clean, wrapped = [chat(tokenizer, record["clean"])], [chat(tokenizer, record["wrapped"])]
     response, mask = generate(student, wrapped, config.max_new_tokens,
                               generator=generator(config.seed, "example"))
@@ -423,9 +359,7 @@ def show_example(student, teacher, tokenizer, record, config):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description="Pretrains the base model, or trains it for consistency, offline or on-policy. "
-                    "The same command again goes on where a run was stopped.")
+    parser = argparse.ArgumentParser(description="Given again, a command goes on where it stopped.")
     stages = parser.add_subparsers(dest="stage", required=True)
     for name, config, text in (
             ("pretrain", PretrainConfig, "the base model"),

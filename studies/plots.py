@@ -1,7 +1,7 @@
 """What the figures of the studies share."""
 import numpy as np
 
-from eval import COLOURS
+from support.report import COLOURS
 
 # Colour, marker and line of each run, the same in every figure.
 NAMES = ("base", "sft", "sft-exact", "opct", "opct-exact", "teacher")

@@ -12,7 +12,7 @@ import torch.distributed as distributed
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from support.common import UserError, read_json, write_atomically, write_text
+from support.common import UserError, read_json, rng, write_atomically, write_text
 
 # --- Progress and processes ------------------------------------------------------------------
 
@@ -133,6 +133,33 @@ def load_state(out, model, optimizers):
     except SafetensorError as error:
         hint = f"delete the folder {out} and start again"
         raise UserError(f"{path} is damaged ({error}): {hint}") from error
+
+
+def controlled(records, config):
+    """The records of a control: no wrapped prompts, or clean prompts of other pairs."""
+    if config.control == "clean":       # nothing to learn: what changes now, training itself does
+        return [{**r, "wrapped": r["clean"]} for r in records]
+    if config.control == "none":
+        return records
+    # Nothing to be consistent with. Each pair gets the clean prompt of the next in a random ring.
+    n, out = len(records), list(records)
+    ring = rng(config.seed, "shuffled").sample(range(n), n)
+    for i, j in zip(ring, ring[1:] + ring[:1]):
+        out[i] = {**records[i], "clean": records[j]["clean"]}
+    return out
+
+
+def pairs_of_update(step, n, config):
+    """The rows of an update: of n pairs in a new random order in every epoch, each with all its
+    responses, which stand side by side."""
+    orders, rows = {}, []
+    for at in range(step * config.batch, (step + 1) * config.batch):
+        epoch = at // n
+        if epoch not in orders:
+            orders[epoch] = rng(config.seed, "epoch", epoch).sample(range(n), n)
+        first = orders[epoch][at % n] * config.samples
+        rows += range(first, first + config.samples)
+    return rows
 
 
 class Log:

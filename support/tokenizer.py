@@ -56,3 +56,16 @@ def document_tokens(tokenizer, prompt, text):
     if prompt is None:
         return [*words, tokenizer.encode_single_token(ENDOFTEXT)]
     return [*chat(tokenizer, prompt), *words, tokenizer.encode_single_token(IM_END)]
+
+
+def chat_all(tokenizer, texts, room, config):
+    """Each text as a prompt, `config.samples` times. Raises UserError: one exceeds the room."""
+    out = []
+    for number, text in enumerate(texts, 1):
+        prompt = chat(tokenizer, text)
+        if len(prompt) > room:
+            raise UserError(f"{config.pairs}, pair {number}: a prompt of {len(prompt)} tokens "
+                            f"leaves no room for {config.max_new_tokens} new ones: shorten it, "
+                            "or lower --max-new-tokens")
+        out += [prompt] * config.samples
+    return out

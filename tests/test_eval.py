@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from conftest import tiny_gpt
-from eval import ORDER, WIDTH, ausc, best_of, drift_kl, evaluate, rate, respond, table, wilson
+from eval import ORDER, ausc, best_of, drift_kl, evaluate, rate, respond, table, wilson
 
 ROOT = Path(__file__).parent.parent
 
@@ -151,7 +151,7 @@ def test_best_of_k_by_hand():
 def test_no_table_is_wider_than_a_page(columns, tables):
     figure = {"value": 0.5, "n": 240, "low": 0.4, "high": 0.6}
     text = table({f"run-{i}": {"sycophancy": figure} for i in range(columns)})
-    assert max(map(len, text.splitlines())) <= WIDTH == 100
+    assert max(map(len, text.splitlines())) <= 100
     assert text.count("0.500") == columns and text.count("| sycophancy") == tables
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from eval import markdown, pyplot, save_figure
 from studies import plots
 from studies.claims.run import ARMS, CONTROLS, LEARNT, choose
 from studies.stats import contrast, over_seeds, verdict
 from support.common import UserError, write_text
+from support.report import markdown, pyplot, save_figure
 
 FOLDER = Path(__file__).parent
 ATTACKED = ("jailbreak_adaptive", "jailbreak_adaptive_mean", "jailbreak_adaptive_best_of")
