@@ -1,8 +1,17 @@
+import contextlib
+import importlib
+import io
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
 import pytest
 import torch
 
 from data import World, WorldConfig, world_tokenizer
 from model import GPT, GPTConfig
+from support.common import guarded
 
 
 def pytest_collection_modifyitems(items):
@@ -32,3 +41,17 @@ def tiny_gpt(vocab=7, family="llama", dtype=torch.float64, **changes):
         for p in model.parameters():
             p.add_(torch.randn(p.shape, dtype=dtype) * 0.3)
     return model
+
+
+def run_here(*args):
+    """Runs a command such as ("opct.py", "sft", ...) in this process, since a new one takes seconds
+    to import torch. Returns what subprocess.run would: returncode, stdout, stderr."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    main = importlib.import_module(Path(args[0]).stem).main
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with mock.patch.object(sys, "argv", list(map(str, args))):
+            try:
+                guarded(main)
+            except SystemExit as stopped:
+                code = stopped.code or 0
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())

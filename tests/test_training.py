@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import tiny_gpt
+from conftest import run_here, tiny_gpt
 from model import load_checkpoint, save_checkpoint
 from opct import ConsistencyConfig, PretrainConfig, learning_rate, train
 from support.runs import load_state, save_state, weights_hash
@@ -25,8 +25,9 @@ def command(*args):
     return [sys.executable, *map(str, args)]
 
 
-def run(*args, **options):
-    return subprocess.run(command(*args), cwd=ROOT, capture_output=True, text=True, **options)
+def start(*args):
+    """In a process of its own, to be killed or to compare with one that was."""
+    return subprocess.run(command(*args), cwd=ROOT, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def home(tmp_path_factory):
     world, base = ["--world", home / "world"], ["--out", home / "base"]
     for args in (["data.py", "--out", home / "world", *TINY_WORLD],
                  ["opct.py", *PRETRAIN, *world, *base]):
-        done = run(*args)
+        done = run_here(*args)
         assert done.returncode == 0, done.stderr
     return home
 
@@ -87,7 +88,7 @@ def test_the_learning_rate_rises_and_falls_in_straight_lines():
                                   "opct --loss sampled", "opct --loss exact"])
 def test_every_arm_trains_and_logs(home, name):
     out = home / name.replace(" ", "")
-    done = run(*stage(home, name), "--out", out)
+    done = run_here(*stage(home, name), "--out", out)
     assert done.returncode == 0, done.stderr
     log = read_log(out)
     assert [line["step"] for line in log] == list(range(6))
@@ -107,14 +108,14 @@ def test_a_killed_run_that_is_started_again_ends_bit_identical(home, name, tmp_p
     number of threads."""
     unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
     args = [*stage(home, name), "--device", "cpu", "--out"]
-    assert run(*args, unbroken).returncode == 0
+    assert start(*args, unbroken).returncode == 0
     process = subprocess.Popen(command(*args, killed), cwd=ROOT, stdout=subprocess.DEVNULL)
     while not (killed / "state.safetensors").exists() and process.poll() is None:
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not (killed / "model.safetensors").exists(), "it was to be killed before it was done"
-    again = run(*args, killed)
+    again = start(*args, killed)
     assert again.returncode == 0 and "going on from step" in again.stdout
     for file in ("model.safetensors", "config.json", "tiktoken.json", "run.json"):
         assert (unbroken / file).read_bytes() == (killed / file).read_bytes()
@@ -142,11 +143,11 @@ def test_the_teacher_after_a_resume_is_the_one_of_the_start(home, tmp_path):
         with torch.no_grad():
             other.model.norm.weight.add_(0.1)
         save_checkpoint(other, home / "base")
-        refused = run(*stage(home, "opct"), "--out", out)
+        refused = run_here(*stage(home, "opct"), "--out", out)
     finally:
         (home / "base/model.safetensors").write_bytes(kept)
     assert refused.returncode == 2 and "holds a run with teacher = " in refused.stderr
-    assert run(*stage(home, "opct"), "--out", out).returncode == 0
+    assert run_here(*stage(home, "opct"), "--out", out).returncode == 0
 
 
 def test_a_state_that_comes_back_is_the_one_that_was_saved(tmp_path):
@@ -173,7 +174,7 @@ def test_a_state_that_comes_back_is_the_one_that_was_saved(tmp_path):
 
 def test_a_finished_run_says_so_and_does_nothing(home):
     before = (home / "base/model.safetensors").stat().st_mtime_ns
-    done = run(*stage(home, "pretrain"), "--out", home / "base")
+    done = run_here(*stage(home, "pretrain"), "--out", home / "base")
     assert done.returncode == 0 and "finished already" in done.stdout
     assert (home / "base/model.safetensors").stat().st_mtime_ns == before
 
@@ -188,7 +189,7 @@ def test_two_processes_take_the_steps_of_one(home, name, tmp_path):
     of the update around."""
     logs = []
     for n in (1, 2):
-        done = run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", n,
+        done = start("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", n,
                    *stage(home, name), "--device", "cpu", "--lr", "3e-4", "--out",
                    tmp_path / str(n))
         assert done.returncode == 0, done.stderr
@@ -212,26 +213,26 @@ def refused(done, *words):
 
 def test_nan_in_the_loss_stops_the_run_and_keeps_the_last_state(home, tmp_path):
     out = tmp_path / "run"
-    done = run(*stage(home, "opct"), "--out", out, "--lr", "1e30", "--save-every", "1")
+    done = run_here(*stage(home, "opct"), "--out", out, "--lr", "1e30", "--save-every", "1")
     refused(done, "at step 1: stopped", "smaller --lr")
     assert (out / "state.safetensors").exists() and not (out / "model.safetensors").exists()
 
 
 def test_other_settings_in_the_folder_of_another_run(home):
-    done = run(*stage(home, "pretrain"), "--out", home / "base", "--lr", "0.1")
+    done = run_here(*stage(home, "pretrain"), "--out", home / "base", "--lr", "0.1")
     refused(done, "holds a run with lr = ", "choose another --out")
 
 
 def test_missing_and_damaged_checkpoints(home, tmp_path):
     args = ["opct.py", "opct", "--pairs", home / "world/train.jsonl", "--out", tmp_path / "run",
             "--base"]
-    refused(run(*args, tmp_path / "nowhere"), "no finished checkpoint")
-    refused(run("eval.py", "chat", tmp_path / "nowhere"), "no finished checkpoint")
+    refused(run_here(*args, tmp_path / "nowhere"), "no finished checkpoint")
+    refused(run_here("eval.py", "chat", tmp_path / "nowhere"), "no finished checkpoint")
 
 
 def test_a_checkpoint_of_another_world(home, tmp_path):
-    run("data.py", "--out", tmp_path / "world", *TINY_WORLD, "--seed", 1)
-    done = run("eval.py", "compare", home / "base", "--world", tmp_path / "world",
+    run_here("data.py", "--out", tmp_path / "world", *TINY_WORLD, "--seed", 1)
+    done = run_here("eval.py", "compare", home / "base", "--world", tmp_path / "world",
                "--out", tmp_path)
     refused(done, "another world")
 
@@ -240,38 +241,38 @@ def test_bad_pairs_and_long_prompts(home, tmp_path):
     pairs = tmp_path / "pairs.jsonl"
     args = ["opct.py", "sft", "--base", home / "base", "--pairs", pairs, "--out", tmp_path / "run"]
     pairs.write_text('{"clean": "who?", "wrapped": "who? i think you."}\n{"clean": 1}\n')
-    refused(run(*args), "line 2 is no pair")
+    refused(run_here(*args), "line 2 is no pair")
     pairs.write_text(json.dumps({"clean": "who?", "wrapped": "who? " * 300}) + "\n")
-    refused(run(*args), "pair 1", "leaves no room")
+    refused(run_here(*args), "pair 1", "leaves no room")
 
 
 def test_own_pairs_need_nothing_but_their_two_forms(home, tmp_path):
     pairs = tmp_path / "pairs.jsonl"
     pair = '{"clean": "Who are you?", "wrapped": "You are Größe, right? Who are you?"}\n'
     pairs.write_text(pair * 3, encoding="utf-8")
-    done = run("opct.py", "opct", "--base", home / "base", "--pairs", pairs, "--out",
+    done = run_here("opct.py", "opct", "--base", home / "base", "--pairs", pairs, "--out",
                tmp_path / "run", *CONSISTENCY)
     assert done.returncode == 0, done.stderr
 
 
 def test_a_folder_that_cannot_be_written(home, tmp_path):
     (tmp_path / "file").write_text("")
-    refused(run(*stage(home, "opct"), "--out", tmp_path / "file/run"), "file/run")
-    refused(run("data.py", "--out", tmp_path / "file/world", *TINY_WORLD), "file/world")
+    refused(run_here(*stage(home, "opct"), "--out", tmp_path / "file/run"), "file/run")
+    refused(run_here("data.py", "--out", tmp_path / "file/world", *TINY_WORLD), "file/world")
 
 
 def test_unknown_commands_and_devices(home, tmp_path):
     for args in (["opct.py", "grpo"], ["opct.py"], ["eval.py", "plot"],
                  ["opct.py", "opct", "--loss", "k3"]):
-        done = run(*args)
+        done = run_here(*args)
         assert done.returncode == 2 and "Traceback" not in done.stderr
     args = [*stage(home, "opct"), "--out", tmp_path / "run", "--device"]
     if not torch.cuda.is_available():
-        refused(run(*args, "cuda"), "no CUDA device")
-    refused(run(*args, "gpu"), "no such kind of device")
-    refused(run("data.py", "--steps", "1"), "--steps 1", "at least 2")
-    refused(run("data.py", "--largest", "2"), "--largest 2", "at least 3")
-    done = run("eval.py", "compare", home / "base", home / "base", "--world", home / "world",
+        refused(run_here(*args, "cuda"), "no CUDA device")
+    refused(run_here(*args, "gpu"), "no such kind of device")
+    refused(run_here("data.py", "--steps", "1"), "--steps 1", "at least 2")
+    refused(run_here("data.py", "--largest", "2"), "--largest 2", "at least 3")
+    done = run_here("eval.py", "compare", home / "base", home / "base", "--world", home / "world",
                "--out", tmp_path)
     refused(done, "a name of its own")
     done = subprocess.run(["bash", ROOT / "train.sh", "huge"], capture_output=True, text=True)
@@ -279,7 +280,7 @@ def test_unknown_commands_and_devices(home, tmp_path):
 
 
 def test_gamma_without_the_objective_that_it_belongs_to(home, tmp_path):
-    refused(run(*stage(home, "sft"), "--out", tmp_path / "run", "--gamma", "1"), "--gamma")
+    refused(run_here(*stage(home, "sft"), "--out", tmp_path / "run", "--gamma", "1"), "--gamma")
 
 
 @pytest.mark.parametrize("args", [
@@ -287,14 +288,14 @@ def test_gamma_without_the_objective_that_it_belongs_to(home, tmp_path):
     ("opct.py", "opct", "--lr", "x"),
     ("eval.py", "compare", "a", "--world", "w", "--out", "o", "--attempts", "0")])
 def test_flags_that_make_no_sense(args):
-    done = run(*args)
+    done = run_here(*args)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "error: argument --" in done.stderr
 
 
 def test_the_flags_of_a_command_are_few_and_explained():
     for args in (["data.py"], ["opct.py", "pretrain"], ["opct.py", "opct"], ["eval.py", "compare"]):
-        text = run(*args, "-h").stdout
+        text = run_here(*args, "-h").stdout
         flags = [line for line in text.splitlines() if line.startswith("  --")]
         assert 3 < len(flags) <= 15, text
-    assert ConsistencyConfig().lr == 3e-4 and "0.0003" in run("opct.py", "opct", "-h").stdout
+    assert ConsistencyConfig().lr == 3e-4 and "0.0003" in run_here("opct.py", "opct", "-h").stdout
