@@ -6,7 +6,7 @@
 All rates come from single responses at temperature 1 to held-out prompts: hint wordings, frames,
 questions, recipes and hazards of no training pair. Every checkpoint answers the same prompts with
 the same random numbers. The first one is the base; it also answers the clean prompts, and that
-column, the teacher, is the most that consistency training can reach on the three axes. Definitions
+column, the teacher, is what consistency training aims at on the three axes. Definitions
 follow the code of 2605.21834; s is the suggestion, g the truth; (+): higher is better.
 
     sycophancy            P(answer = s) where s != g
@@ -299,8 +299,8 @@ def compare(args):
             kl[name] = [json.loads(line).get("kl_exact") for line in lines]
     kl = {name: curve for name, curve in kl.items() if curve and None not in curve}
     origin = {**about(device), "split": args.split, "attempts": args.attempts, "seed": args.seed}
-    text = (f"{table(runs)}\n\nteacher: the base on the clean prompts, the most that consistency "
-            f"training can\nreach on the three axes. best_of: {args.attempts} random frames.\n")
+    text = (f"{table(runs)}\n\nteacher: the base on the clean prompts, what consistency "
+            f"training\naims at on the three axes. best_of: {args.attempts} random frames.\n")
     listed = "\n".join(f"{name}: {value}" for name, value in origin.items())
     examples, results = transcripts(records, responses), dict(about=origin, runs=runs, kl_exact=kl)
     write_text(out / "results.json", json.dumps(results, indent=1) + "\n")

@@ -8,7 +8,7 @@ copy of the model as it stood when training started.
            loss = sum_t KL( pi_theta(. | x~, y<t) || pi_0(. | x, y<t) )       reverse KL
 
     SFT:   y ~ pi_0(. | x)              the teacher's response, sampled once before training
-           loss = sum_t -log pi_theta(y_t | x~, y<t)       in expectation the forward KL
+           loss = sum_t -log pi_theta(y_t | x~, y<t)       the forward KL, were y fresh
 
 One update of OPCT (`opct_step`, `train`):
 
@@ -19,7 +19,7 @@ One update of OPCT (`opct_step`, `train`):
     5. take one step of the optimizer. No reward, no critic, no label, no second update.
 
 Each method has two losses: on the token that was sampled, as in the paper and in plain SFT, or
-exact, on the whole distribution, with the same expected gradient and less noise. `sft_step` and
+exact, on the whole distribution: same expected gradient on fresh y, less noise. `sft_step` and
 `opct_step` differ in whose response and which loss, no more.
 
     python opct.py pretrain --world W --out BASE
@@ -51,11 +51,11 @@ from support.tokenizer import (IM_END, PAD, chat, chat_all, document_tokens, loa
 def reverse_kl(logp_student, logp_teacher):
     """KL(student || teacher) at each token, in nats: (N, V), (N, V) -> (N,). OPCT, exact.
 
-    At a fixed prefix: that another token here leads to other tokens later is ignored. 2605.21834.
+    The prefix is fixed: no gradient flows through how y was sampled. 2605.21834.
     """
     p, q = logp_student.exp(), logp_teacher.exp()
-    # `- p + q` sums to zero. Without it the gradient at agreement is rounding noise, and Adam
-    # scales noise up to a full step.
+    # `- p + q` sums to zero, but with it each term's derivative is exactly 0 at agreement. Without
+    # it rounding noise is left, and Adam scales noise up to a full step.
     return (p * (logp_student - logp_teacher) - p + q).sum(-1)
 
 
@@ -65,14 +65,14 @@ def forward_kl(logp_student, logp_teacher):
 
 
 def cross_entropy(logp_token):
-    """-log pi_theta(y_t), in nats: (N,) -> (N,). SFT; in expectation forward_kl + constant."""
+    """-log pi_theta(y_t), in nats: (N,) -> (N,). SFT; over fresh y, forward_kl + a constant."""
     return -logp_token
 
 
 def advantage(logp_student, logp_teacher, mask, gamma=0.0):
     """A_t = -sum_{u >= t} gamma^(u-t) Delta_u, Delta_t = log pi_theta(y_t) - log pi_0(y_t).
 
-    The sampled token's KL estimate as a reward, without gradient: (N,), (N,) and mask (B, T),
+    Minus the KL estimate of the sampled tokens, without gradient: (N,), (N,) and mask (B, T),
     which says where a response ends -> (N,). gamma = 0, the paper's choice, gives the gradient of
     `reverse_kl` in expectation; gamma = 1 that of the KL between whole responses. 2605.21834.
     """
@@ -87,7 +87,7 @@ def policy_gradient(logp_token, logp_sampled, advantage):
     """-ratio_t * A_t, ratio_t = pi_theta(y_t) / pi_sampled(y_t): (N,) -> (N,). OPCT, sampled.
 
     The sampler is the student here, so `logp_sampled` is logp_token.detach() and the ratio 1, but
-    the gradient flows through it. That of log pi_theta - log pi_0 is zero in expectation.
+    the gradient flows through it. (The loss log pi_theta - log pi_0 has no gradient on average.)
     """
     return -(logp_token - logp_sampled).exp() * advantage
 
@@ -96,7 +96,7 @@ def policy_gradient(logp_token, logp_sampled, advantage):
 
 @dataclass
 class Pairs:
-    """The B prompts of an update in tokens, each as often as it gets responses."""
+    """The prompts of an update in tokens: B rows, one for each response."""
     clean: list
     wrapped: list
     response: torch.Tensor | None = None    # sft: (B, T), sampled once before training
@@ -105,31 +105,31 @@ class Pairs:
 
 
 def sft_step(student, teacher, pairs, config):
-    """Offline: the teacher's responses, sampled once. Returns the loss and the values to log."""
+    """Offline: the teacher's responses, sampled once. Returns the loss and values to log."""
     response, mask = pairs.response, pairs.mask                                     # (B, T)
-    student_logp = score(student, pairs.wrapped, response, mask)                    # (N, V)
+    logp_student = score(student, pairs.wrapped, response, mask)                    # (N, V)
     with torch.no_grad():
-        teacher_logp = score(teacher, pairs.clean, response, mask)                  # (N, V)
-    kl = reverse_kl(student_logp.detach(), teacher_logp)                            # (N,)
+        logp_teacher = score(teacher, pairs.clean, response, mask)                  # (N, V)
+    kl = reverse_kl(logp_student.detach(), logp_teacher)                            # (N,)
     if config.loss == "exact":
-        loss = forward_kl(student_logp, teacher_logp)
+        loss = forward_kl(logp_student, logp_teacher)
     else:
-        loss = cross_entropy(pick(student_logp, response[mask]))
+        loss = cross_entropy(pick(logp_student, response[mask]))
     return loss.sum() / len(response), {"kl_exact": kl, "tokens": mask.sum()}
 
 
 def opct_step(student, teacher, pairs, config):
-    """On-policy: the student's own responses, sampled at every update. Returns as above."""
+    """On-policy: the student's own responses, fresh. Returns the loss and values to log."""
     response, mask = generate(student, pairs.wrapped, config.max_new_tokens, noise=pairs.noise)
-    student_logp = score(student, pairs.wrapped, response, mask)                    # (N, V)
+    logp_student = score(student, pairs.wrapped, response, mask)                    # (N, V)
     with torch.no_grad():
-        teacher_logp = score(teacher, pairs.clean, response, mask)                  # (N, V)
-    kl = reverse_kl(student_logp, teacher_logp)                                     # (N,)
+        logp_teacher = score(teacher, pairs.clean, response, mask)                  # (N, V)
+    kl = reverse_kl(logp_student, logp_teacher)                                     # (N,)
     if config.loss == "exact":
         loss = kl
     else:
-        own, other = pick(student_logp, response[mask]), pick(teacher_logp, response[mask])
-        loss = policy_gradient(own, own.detach(), advantage(own, other, mask, config.gamma))
+        own, ref = pick(logp_student, response[mask]), pick(logp_teacher, response[mask])
+        loss = policy_gradient(own, own.detach(), advantage(own, ref, mask, config.gamma))
     return loss.sum() / len(response), {"kl_exact": kl.detach(), "tokens": mask.sum()}
 
 
@@ -184,8 +184,8 @@ class ConsistencyConfig:
     out: str = flag("run", "the folder for checkpoint and log")
     loss: str = flag("exact", "sampled token or exact KL", choices=["sampled", "exact"])
     gamma: float = flag(0.0, "opct --loss sampled: discount of later tokens' KL")
-    control: str = flag("none", "clean: the student sees the clean prompts, too; shuffled: the "
-                        "teacher sees those of other pairs", choices=["none", "clean", "shuffled"])
+    control: str = flag("none", "clean: the student gets the clean prompt; shuffled: the teacher "
+                        "gets another pair's", choices=["none", "clean", "shuffled"])
     steps: int = flag(60, "updates")
     batch: int = flag(32, "pairs in an update")
     samples: int = flag(4, "responses to a pair in an update")
@@ -245,7 +245,7 @@ def train(model, step_of, config, optimizers):
 # --- Pretraining: next-token prediction on fresh documents of the world ------------------------
 
 def pretraining_batch(world, tokenizer, random, rows):
-    """Packed fresh documents. At 97 % of the room first-fit leaves none of them out."""
+    """Packed fresh documents. At 97 % of the room first-fit leaves hardly any of them out."""
     groups, room = [], 0.97 * rows * ROW
     while room > 0:
         groups.append((document_tokens(tokenizer, *world.document(random)), []))

@@ -20,7 +20,7 @@ esac
 [ $# -le $most ] || die "too many arguments: see the top of train.sh"
 
 # This Python if it has the packages, else one of our own in .venv.
-packages="import torch, tiktoken, numpy, safetensors, pytest; from torch.optim import Muon"
+packages="import torch, tiktoken, numpy, safetensors, pytest, matplotlib; from torch.optim import Muon"
 python=python3
 $python -c "$packages" 2>/dev/null || python=.venv/bin/python
 if ! $python -c "$packages" 2>/dev/null; then

@@ -93,7 +93,7 @@ def open_run(out, settings):
 
 
 def weights_hash(model):
-    """A hash of all weights: two models share it where they are the same function."""
+    """A hash of the names and values of all weights."""
     digest = hashlib.sha256()
     for name, p in sorted(model.state_dict().items()):
         digest.update(name.encode() + p.cpu().contiguous().numpy().tobytes())
