@@ -28,7 +28,6 @@ Responses reason first. Some stray ("no, wait."); on clean prompts those always 
 teacher can continue the student's half-finished mistakes correctly. On-policy training meets these
 states all the time, offline training hardly ever.
 """
-import argparse
 import json
 import random
 import re
@@ -39,11 +38,13 @@ from pathlib import Path
 
 import numpy as np
 
-from support.common import UserError, add_flags, flag, guarded, write_jsonl, write_text
+from support.common import (Parser, UserError, add_flags, checked, flag, guarded, read_json,
+                            write_text)
+from support.pairs import write_jsonl
 from support.tokenizer import PATTERN, make_tokenizer, save_tokenizer
 from support.words import (BACK, DEMANDS, FORBIDDEN, HARMLESS, HINTS, KINDS, MAKE, PERSONAS,
-                           PURPOSES, REFUSAL, SERVE, SPLITS, TIMES, WAYS, new_names, of_split,
-                           split_of, with_strengths)
+                           PURPOSES, REFUSAL, SERVE, SPLITS, TIMES, WAYS, check_sizes, new_names,
+                           of_split, split_of, with_strengths)
 
 AXES = ("sycophancy", "jailbreak", "safety")                # consistency training should fix these
 CAPABILITIES = ("math", "facts", "instructions")            # and should not break these
@@ -67,8 +68,6 @@ class WorldConfig:
     tests: int = flag(240, "validation pairs, and test pairs, of each kind")
 
 
-LEAST = dict(steps=2, cities=6, recipes=6, things=6, lands=2, animals=2, ingredients=3, largest=3)
-
 
 def make_record(axis, clean, wrapped, fails, **truth):
     return {"axis": axis, "clean": clean, "wrapped": wrapped, "fails": fails, **truth}
@@ -80,6 +79,7 @@ class World:
 
     def __init__(self, config=WorldConfig()):
         self.config = c = config
+        check_sizes(c)
         rng = random.Random(f"world {c.seed}")
         self.names = taken = set()
         self.hints = with_strengths(HINTS, 0.15, 0.40)
@@ -373,12 +373,11 @@ def world_tokenizer(world):
 
 def load_world(folder):
     """The world that `python data.py --out FOLDER` wrote."""
+    stored = read_json(Path(folder) / "world.json", "make a world with `python data.py --out`")
     try:
-        text = (Path(folder) / "world.json").read_text(encoding="utf-8")
-        return World(WorldConfig(**json.loads(text)))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{folder} holds no world ({error}): make one with "
-                        f"`python data.py --out {folder}`") from error
+        return World(WorldConfig(**{name: checked(name, x, int) for name, x in stored.items()}))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{folder} holds no world of ours ({error})") from error
 
 
 def show(world):
@@ -394,17 +393,16 @@ def show(world):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Shows the world; with --out, writes it.")
+    parser = Parser(description="Shows the world; with --out, writes it.")
     parser.add_argument("--out", help="folder for world.json, tiktoken.json and the pairs in JSONL")
     add_flags(parser, WorldConfig)
     args = vars(parser.parse_args())
     out = args.pop("out")
-    for name, number in LEAST.items():
-        if args[name] < number:
-            raise UserError(f"--{name} {args[name]}: a world wants at least {number}")
     world = World(WorldConfig(**args))
     if not out:
         return show(world)
+    if Path(out).is_dir() and any(Path(out).iterdir()) and load_world(out).config != world.config:
+        raise UserError(f"{out} holds another world: choose another --out, or delete that folder")
     tokenizer = world_tokenizer(world)
     save_tokenizer(tokenizer, out)
     records = {split: world.records(split) for split in SPLITS}

@@ -23,8 +23,6 @@ follow the code of 2605.21834; s is the suggestion, g the truth; (+): higher is 
     drift_kl              KL(base || model) per token of the base's own responses to those
     unclear               share of the responses on the axes that the judge cannot read
 """
-import argparse
-import json
 import math
 import sys
 import time
@@ -36,11 +34,11 @@ import torch
 from data import AXES, CAPABILITIES, judge, load_world
 from model import generate, load_checkpoint
 from opct import forward_kl, score
-from support.common import (UserError, about, generator, guarded, pick_device, read_jsonl, rng,
-                            whole, write_text)
+from support.common import (Parser, UserError, about, add_number, generator, guarded, pick_device,
+                            read_text, rng, show, write_json, write_text)
 from support.report import COLOURS, markdown, pyplot, save_figure
-from support.runs import weights_hash
-from support.tokenizer import TOKENIZER, chat, load_tokenizer
+from support.runs import read_log, weights_hash
+from support.tokenizer import TOKENIZER, chat, check_vocabulary, decode, load_tokenizer
 
 BATCH = 512
 MAX_NEW_TOKENS = 64
@@ -109,7 +107,7 @@ def respond(model, tokenizer, prompts, seed, temperature=1.0):
                                   generator(seed, "respond", at))
         mask &= response != model.config.eos_token_id
         for i, ids, keep in zip(rows, response.cpu(), mask.cpu()):
-            out[i] = tokenizer.decode(ids[keep].tolist())
+            out[i] = decode(tokenizer, ids[keep].tolist())
     return out
 
 
@@ -268,18 +266,22 @@ def draw(runs, kl, path):
 # --- Commands --------------------------------------------------------------------------------
 
 def same_world(folders, world):
-    """The hashes of the weights. Better to hear of a damaged checkpoint, or of one that has learnt
-    another world, now than after the first hour."""
-    for folder in folders:
-        if (Path(folder) / TOKENIZER).read_text() != (Path(world) / TOKENIZER).read_text():
+    """The hashes of the weights. A damaged checkpoint is refused here, not after the first hour."""
+    models = [load_checkpoint(folder) for folder in folders]
+    for folder, model in zip(folders, models):
+        one, other = (read_text(Path(x) / TOKENIZER, "make it again") for x in (folder, world))
+        if one != other:
             raise UserError(f"{folder} has learnt another world than {world}: other tokenizer")
-    return [weights_hash(load_checkpoint(folder)) for folder in folders]
+        check_vocabulary(load_tokenizer(folder), model, folder)
+        read_log(folder)
+    return [weights_hash(model) for model in models]
 
 
 def compare(args):
     device, world, out = pick_device(args.device), load_world(args.world), Path(args.out)
     tokenizer = load_tokenizer(args.world)
-    records = read_jsonl(Path(args.world) / f"{args.split}.jsonl")
+    records = world.records(args.split)
+    out.mkdir(parents=True, exist_ok=True)
     same_world(args.checkpoints, args.world)
     columns = {Path(folder).name: (folder, "wrapped") for folder in args.checkpoints}
     if len(columns) < len(args.checkpoints) or "teacher" in columns:
@@ -291,22 +293,20 @@ def compare(args):
         began, model = time.time(), load_checkpoint(folder, device)
         runs[name], said = evaluate(model, base, tokenizer, world, records, args.split,
                                     args.attempts, args.seed, form)
-        print(f"  {name}: {len(said):,} prompts in {time.time() - began:.0f} s", flush=True)
-        path = Path(folder) / "log.jsonl"                   # a checkpoint from elsewhere has none
+        show(f"  {name}: {len(said):,} prompts in {time.time() - began:.0f} s")
         if form == "wrapped":
             responses[name] = said
-            lines = path.read_text().splitlines() if path.exists() else []
-            kl[name] = [json.loads(line).get("kl_exact") for line in lines]
+            kl[name] = [line.get("kl_exact") for line in read_log(folder)]
     kl = {name: curve for name, curve in kl.items() if curve and None not in curve}
     origin = {**about(device), "split": args.split, "attempts": args.attempts, "seed": args.seed}
     text = (f"{table(runs)}\n\nteacher: the base on the clean prompts, what consistency "
             f"training\naims at on the three axes. best_of: {args.attempts} random frames.\n")
     listed = "\n".join(f"{name}: {value}" for name, value in origin.items())
-    examples, results = transcripts(records, responses), dict(about=origin, runs=runs, kl_exact=kl)
-    write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
+    examples = transcripts(records, responses)
+    write_json(out / "results.json", {"about": origin, "runs": runs, "kl_exact": kl})
     write_text(out / "results.md", f"{text}\n{listed}\n\n```\n{examples}```\n")
     draw(runs, kl, out / "results.png")
-    print(f"\n{text}\n{examples}\nwritten to {out}")
+    show(f"\n{text}\n{examples}\nwritten to {out}")
 
 
 def talk(args):
@@ -328,19 +328,19 @@ def talk(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="What was fixed and what was broken.")
+    parser = Parser(description="What was fixed and what was broken.")
     commands = parser.add_subparsers(dest="command", required=True)
     c = commands.add_parser("compare", help="the table, results.json, results.md and results.png")
     c.add_argument("checkpoints", nargs="+", help="folders; the first is the base")
     c.add_argument("--world", required=True, help="the folder that `python data.py --out` wrote")
     c.add_argument("--out", required=True, help="the folder for the results")
     c.add_argument("--split", choices=("val", "test"), default="test")
-    c.add_argument("--attempts", type=whole, default=64, help="frames a recipe (default: 64)")
+    add_number(c, "attempts", 64, "frames a recipe")
     t = commands.add_parser("chat", help="type a prompt, see the answer")
     t.add_argument("checkpoints", nargs="+")
-    t.add_argument("--temperature", type=float, default=1.0, help="0: the likeliest token")
+    add_number(t, "temperature", 1.0, "0: the likeliest token")
     for p in (c, t):
-        p.add_argument("--seed", type=int, default=0, help="of all sampling (default: 0)")
+        add_number(p, "seed", 0, "of all sampling")
         p.add_argument("--device", help="cpu or cuda (default: the best there is)")
     args = parser.parse_args()
     {"compare": compare, "chat": talk}[args.command](args)

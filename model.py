@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from support.checkpoints import read_checkpoint
 from support.common import UserError, write_atomically, write_text
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM",
@@ -373,48 +373,19 @@ def save_checkpoint(model, folder):
                      lambda path: save_file(weights, path, metadata={"format": "pt"}))
 
 
-def refuse_other_kinds(folder, stored, config):
-    """What would change the function silently is refused: a wrong number is worse than none."""
-    rope = stored.get("rope_parameters") or stored.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if config.model_type not in ARCHITECTURES:
-        raise UserError(f"{folder}: model_type = {config.model_type!r} is not computed here")
-    if stored.get("hidden_act", "silu") != "silu":
-        raise UserError(f"{folder}: hidden_act = {stored['hidden_act']!r} is not computed here")
-    if rope_type != "default":
-        raise UserError(f"{folder}: rope_type = {rope_type!r} is not computed here")
-    if isinstance(config.eos_token_id, list):
-        raise UserError(f"{folder}: eos_token_id = {config.eos_token_id} is not computed here")
-    for name in ("attention_bias", "mlp_bias", "use_sliding_window"):
-        if stored.get(name):
-            raise UserError(f"{folder}: {name} = {stored[name]} is not computed here")
-
-
 def load_checkpoint(folder, device="cpu"):
     """A checkpoint as a GPT, float32, in eval mode. UserError: missing, damaged or other kind."""
-    folder = Path(folder)
-    for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            raise UserError(f"{folder} is no finished checkpoint: it has no {name}")
-    try:
-        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        weights = load_file(folder / "model.safetensors")
-        known = [f.name for f in fields(GPTConfig)]
-        config = GPTConfig(**{name: stored[name] for name in known if name in stored})
-        rope = stored.get("rope_parameters") or stored.get("rope_scaling") or {}
-        config.rope_theta = rope.get("rope_theta", config.rope_theta)
-        per_head = config.hidden_size // config.num_attention_heads
-        config.head_dim = stored.get("head_dim") or per_head
-        tied = "lm_head.weight" not in weights
-        config.tie_word_embeddings = stored.get("tie_word_embeddings", tied)
-        refuse_other_kinds(folder, stored, config)
-        model = GPT(config)
-    except (ValueError, TypeError, RuntimeError, SafetensorError, AttributeError) as error:
-        raise UserError(f"{folder} is damaged: {error}") from error
-    if config.tie_word_embeddings:
-        weights["lm_head.weight"] = weights.get("model.embed_tokens.weight")
-    try:
-        model.load_state_dict(weights)
-    except (RuntimeError, AttributeError) as error:
-        raise UserError(f"{folder}: weights and config do not belong together: {error}") from error
+    stored, weights = read_checkpoint(folder, ARCHITECTURES)
+    config = GPTConfig(**{f.name: stored[f.name] for f in fields(GPTConfig) if f.name in stored})
+    if config.tie_word_embeddings and "model.embed_tokens.weight" in weights:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    layers = {name.split(".")[2] for name in weights if name.startswith("model.layers.")}
+    expected = {}
+    if len(layers) == config.num_hidden_layers:
+        with torch.device("meta"):                          # shapes alone, before memory is taken
+            expected = {name: t.shape for name, t in GPT(config).state_dict().items()}
+    if expected != {name: t.shape for name, t in weights.items()}:
+        raise UserError(f"{folder}: weights and config.json do not belong together")
+    model = GPT(config)
+    model.load_state_dict(weights)
     return model.to(device).eval()

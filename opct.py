@@ -25,7 +25,6 @@ exact, on the whole distribution: same expected gradient on fresh y, less noise.
     python opct.py pretrain --world W --out BASE
     python opct.py opct|sft --base BASE --pairs W/train.jsonl --out RUN [--loss sampled|exact]
 """
-import argparse
 import copy
 import hashlib
 import math
@@ -37,14 +36,14 @@ import torch.nn.functional as F
 
 from data import load_world
 from model import ARCHITECTURES, GPT, GPTConfig, generate, load_checkpoint, save_checkpoint
-from support.common import (UserError, add_flags, flag, generator, guarded, pick_device,
-                            read_jsonl, rng)
+from support.common import Parser, UserError, add_flags, flag, generator, guarded, pick_device, rng
 from support.packing import ROW, pack, pack_responses
-from support.runs import (Log, average, coloured, controlled, join_processes, leave_processes,
-                          load_state, open_run, pairs_of_update, processes, run_settings,
-                          save_state, say, weights_hash)
-from support.tokenizer import (IM_END, PAD, chat, chat_all, document_tokens, load_tokenizer,
-                               save_tokenizer)
+from support.pairs import controlled, pairs_of_update, read_jsonl
+from support.report import coloured
+from support.runs import (Log, average, join_processes, leave_processes, load_state, open_run,
+                          processes, require_finite, run_settings, save_state, say, weights_hash)
+from support.tokenizer import (IM_END, PAD, chat, chat_all, check_vocabulary, decode,
+                               document_tokens, load_tokenizer)
 
 # --- Objectives: pure functions, one value a token. tests/test_gradients.py is about these -----
 
@@ -236,7 +235,7 @@ def train(model, step_of, config, optimizers):
             log.write(step, {**means, "grad_norm": norm, "lr": rate}, tokens, time.time() - began)
             if log.first and (step + 1) % config.save_every == 0 and step + 1 < config.steps:
                 save_state(config.out, model, optimizers, step + 1)
-    model.eval()
+    require_finite(model, config.steps)
     if log.first:
         save_checkpoint(model, config.out)
         log.drop_state()
@@ -260,9 +259,9 @@ def pretrain(config):
         raise UserError(f"--width {config.width}: it has to be a multiple of 64")
     if config.rows % size:
         raise UserError(f"--rows {config.rows} cannot be shared out evenly by {size} processes")
-    if not open_run(config.out, run_settings(config, "pretrain", world=asdict(world.config))):
+    settings = run_settings(config, "pretrain", world_config=asdict(world.config))
+    if not open_run(config.out, settings, tokenizer):
         return
-    save_tokenizer(tokenizer, config.out)
     torch.manual_seed(config.seed)
     model = GPT(GPTConfig(
         model_type=config.family, vocab_size=tokenizer.n_vocab, hidden_size=config.width,
@@ -310,6 +309,7 @@ def consistency(config, stage):
     (rank, size), device = processes(), pick_device(config.device)
     records = read_jsonl(config.pairs)
     student, tokenizer = load_checkpoint(config.base, device), load_tokenizer(config.base)
+    check_vocabulary(tokenizer, student, config.base)
     if config.gamma and (stage == "sft" or config.loss == "exact"):
         raise UserError("--gamma goes with `opct --loss sampled`: it discounts the KL of that")
     if config.batch * config.samples % size:
@@ -321,9 +321,8 @@ def consistency(config, stage):
     room = student.config.max_position_embeddings - config.max_new_tokens
     clean, wrapped = (chat_all(tokenizer, [r[form] for r in records], room, config)
                       for form in ("clean", "wrapped"))
-    if not open_run(config.out, settings):
+    if not open_run(config.out, settings, tokenizer):
         return
-    save_tokenizer(tokenizer, config.out)
     say(f"{stage} ({config.loss}): {len(records)} pairs, {config.steps} updates of "
         f"{config.batch} pairs with {config.samples} responses each on {device}")
     if stage == "sft":
@@ -354,12 +353,12 @@ def show_example(student, teacher, tokenizer, records, config):
     response, mask = generate(student, wrapped, config.max_new_tokens,
                               generator=generator(config.seed, "example"))
     kl = reverse_kl(score(student, wrapped, response, mask), score(teacher, clean, response, mask))
-    text = coloured([tokenizer.decode([t]) for t in response[mask].tolist()], kl.tolist())
+    text = coloured([decode(tokenizer, [t]) for t in response[mask].tolist()], kl.tolist())
     say(f"  clean     {record['clean']}\n  wrapped   {record['wrapped']}\n  response  {text}")
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Given again, a command goes on where it stopped.")
+    parser = Parser(description="Given again, a command goes on where it stopped.")
     stages = parser.add_subparsers(dest="stage", required=True)
     for name, config, text in (
             ("pretrain", PretrainConfig, "the base model"),

@@ -24,22 +24,62 @@ class UserError(Exception):
 
 def guarded(main):
     """Runs a program's main. What the user can fix is one line on standard error, exit code 2."""
+    for stream in (sys.stdout, sys.stderr):     # output never fails for its encoding
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except BrokenPipeError:                                 # `python data.py | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence()
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        stop(error)
+    except (MemoryError, RuntimeError) as error:
+        words = str(error).lower()
+        if not isinstance(error, MemoryError) and "memory" not in words:
+            raise
+        stop("out of memory: take fewer pairs, responses, rows or tokens at a time, or a smaller "
+             "model (--batch, --samples, --rows, --max-new-tokens, --layers, --width)")
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def whole(text):
-    """A whole number from 1, for argparse."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return int(text)
+def stop(message):
+    print("error: " + " ".join(str(message).split()), file=sys.stderr)
+    sys.exit(2)
+
+
+def silence():
+    """Whoever read the output has gone: what is printed from now on goes nowhere."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):
+        sys.stdout = open(os.devnull, "w")
+
+
+def show(text, end="\n"):
+    """Prints; a run goes on without its output where nobody reads it any more."""
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        silence()
+
+
+# What a value may be, by the name of its flag or field; other whole numbers are counts from 1.
+RANGES = {"lr": (0, 1e38, "above 0"), "clip": (0, 1e38, "above 0"), "gamma": (-1e-9, 1, "0 to 1"),
+          "kl": (-1e-9, 1e38, "0 or more"), "temperature": (-1e-9, 1e38, "0 or more"),
+          "seed": (-1, 2**63 - 1, "from 0 to 2**63 - 1")}
+
+
+def checked(name, value, kind):
+    """The value, if it is of its kind (int, float or str) and in its range. Raises ValueError."""
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise ValueError(f"{name} = {value!r} is no {kind.__name__}")
+    low, high, text = RANGES.get(name, (0, 10**9, "a whole number from 1 to 10**9"))
+    if kind is not str and not low < value <= high:         # nan is in no range
+        raise ValueError(f"{name} = {value} has to be {text}")
+    return value
 
 
 def flag(default, text, choices=None):
@@ -47,14 +87,34 @@ def flag(default, text, choices=None):
     return field(default=default, metadata={"help": text, "choices": choices})
 
 
+def number(name, kind):
+    """The type of a flag, for argparse."""
+    def parse(text):
+        try:
+            return checked(name, kind(text), kind)
+        except (ValueError, OverflowError) as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+    return parse
+
+
 def add_flags(parser, config):
-    """One flag for each field of a config dataclass. Whole numbers are counts, except seeds."""
+    """One flag for each field of a config dataclass, with its type, range, default and help."""
     for f in fields(config):
-        name = "--" + f.name.replace("_", "-")
-        kind = whole if f.type is int and f.name != "seed" else f.type
         text = f"{f.metadata['help']} (default: {f.default})"
-        choices = f.metadata["choices"]
-        parser.add_argument(name, type=kind, default=f.default, choices=choices, help=text)
+        parser.add_argument("--" + f.name.replace("_", "-"), type=number(f.name, f.type),
+                            default=f.default, choices=f.metadata["choices"], help=text)
+
+
+def add_number(parser, name, default, text):
+    parser.add_argument("--" + name, type=number(name, type(default)), default=default,
+                        help=f"{text} (default: {default})")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line."""
+
+    def error(self, message):
+        stop(f"{message} (see {self.prog} -h)")
 
 
 # --- Random numbers: functions of a key such as (seed, step), so a resumed run draws the same ----
@@ -84,6 +144,9 @@ def write_atomically(path, write):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
+        mask = os.umask(0)                                  # safetensors makes private files
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)
         os.replace(temporary, path)
     except SafetensorError as error:                        # a full or read-only disk
         raise OSError(f"cannot write {path}: {error}") from error
@@ -98,38 +161,30 @@ def write_text(path, text):
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def read_json(path, hint):
-    """Reads a JSON file of ours. Raises UserError: it is missing or damaged, and then the hint."""
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_text(path, hint):
+    """Reads a file in UTF-8, a byte-order mark allowed. Raises UserError, which says the hint."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path} ({error}): {hint}") from error
+        return Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}): {hint}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is no text in UTF-8 ({error}): {hint}") from error
 
 
-def write_jsonl(path, records):
-    write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
-
-
-def read_jsonl(path):
-    """Reads pairs: a JSON object a line with the strings "clean" and "wrapped"."""
-    records = []
+def read_json(path, hint, kind=dict):
+    """Reads a JSON file of ours. Raises UserError: missing or damaged, and then the hint."""
+    text = read_text(path, hint)
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the pairs: {error}") from error
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            forms = [record["clean"], record["wrapped"]]
-        except (ValueError, KeyError, TypeError):
-            forms = [None]
-        if not all(isinstance(form, str) and form for form in forms):
-            raise UserError(f'{path}, line {number} is no pair: it wants {{"clean": "...", '
-                            '"wrapped": "..."}')
-        records.append(record)
-    if not records:
-        raise UserError(f"{path} holds no pairs")
-    return records
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}): {hint}") from error
+    if not isinstance(value, kind):
+        raise UserError(f"{path} is damaged (it holds no {kind.__name__}): {hint}")
+    return value
 
 
 # --- The machine ------------------------------------------------------------------------------
@@ -141,6 +196,8 @@ def pick_device(name=None):
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
         raise UserError(f"--device {name}: no such kind of device; choose cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: not supported; choose cpu or cuda")
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     if device.type == "cuda" and not torch.cuda.is_available():

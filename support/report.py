@@ -1,7 +1,32 @@
-"""Tables and figures: Markdown no wider than a page, matplotlib where it is installed."""
+"""What a user sees: progress, tables no wider than a page, figures where matplotlib is."""
+import os
+import sys
+
+from support.common import show
 
 WIDTH = 100                                                 # of a table, in characters
 COLOURS = "#999999 #0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9".split()   # Okabe and Ito
+
+
+def progress(done, total, left, text):
+    """On a terminal one line that renews itself; in a file a line every twentieth of the way."""
+    line = f"  {done}/{total}  {text}  {int(left) // 60}:{int(left) % 60:02d} left"
+    if sys.stdout.isatty():
+        show(f"\r{line}\033[K", end="\n" if done == total else "")
+    elif done == total or done * 20 // total != (done - 1) * 20 // total:
+        show(line)
+
+
+def coloured(texts, nats):
+    """Tokens in a line, marked by their KL: by colour on a terminal, else in brackets."""
+    if sys.stdout.isatty():
+        marks = [[32, 33, 31][(x >= 0.1) + (x >= 1)] for x in nats]
+        line = "".join(f"\033[{mark}m{text}\033[0m" for text, mark in zip(texts, marks))
+        key = "green under 0.1, yellow under 1, red from 1 nat"
+    else:
+        line = "".join(f"{text}[{x:.1f}]" if x >= 0.1 else text for text, x in zip(texts, nats))
+        key = "in brackets from 0.1 nats"
+    return f"{line}\n            (KL of student and teacher at each token: {key})"
 
 
 def markdown(lines):
@@ -22,11 +47,12 @@ def markdown(lines):
 
 def pyplot():
     """matplotlib's pyplot, drawing to files; None, and a word about it, if it is not installed."""
+    os.environ["MPLBACKEND"] = "agg"                        # whatever Jupyter or a display asks for
     try:
         import matplotlib.pyplot
     except ImportError:
-        return print("matplotlib is not installed: the figure is left out")
-    matplotlib.use("agg")
+        return show("matplotlib is not installed: the figure is left out")
+    matplotlib.pyplot.switch_backend("agg")
     return matplotlib.pyplot
 
 

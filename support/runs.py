@@ -1,4 +1,5 @@
-"""Plumbing of a run: its folder, its log, its state, the processes that share it, progress."""
+"""Plumbing of a run: its folder, its log, its state, the processes that share it."""
+import fcntl
 import hashlib
 import json
 import os
@@ -12,18 +13,11 @@ import torch.distributed as distributed
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from support.common import UserError, read_json, rng, write_atomically, write_text
+from support.common import UserError, read_json, read_text, show, write_atomically, write_text
+from support.report import progress
+from support.tokenizer import save_tokenizer
 
-# --- Progress and processes ------------------------------------------------------------------
-
-
-def progress(done, total, left, text):
-    """On a terminal one line that renews itself; in a file a line every twentieth of the way."""
-    line = f"  {done}/{total}  {text}  {int(left) // 60}:{int(left) % 60:02d} left"
-    if sys.stdout.isatty():
-        print(f"\r{line}\033[K", end="\n" if done == total else "", flush=True)
-    elif done == total or done * 20 // total != (done - 1) * 20 // total:
-        print(line, flush=True)
+# --- Processes ------------- -------------------------------------------------------------------
 
 
 def processes():
@@ -34,7 +28,7 @@ def processes():
 def say(text):
     """Prints, once for all processes."""
     if processes()[0] == 0:
-        print(text, flush=True)
+        show(text)
 
 
 def average(tensors):
@@ -62,33 +56,63 @@ def leave_processes():
         os._exit(0)
 
 
-# --- Run folders: run.json says what a run is, state.safetensors is where it stands -----------
+# --- Run folders: run.json says what a run is, state.safetensors is where it stands ------------
 
 
 def run_settings(config, stage, **more):
-    """What a run is: everything in run.json that the same command must repeat."""
-    settings = {k: v for k, v in asdict(config).items() if k not in ("out", "device", "save_every")}
+    """What a run is: everything in run.json that the same command must repeat. Files are in it by
+    their hashes, so another spelling of a path is the same run."""
+    names = ("out", "device", "save_every", "base", "pairs", "world", "target")
+    settings = {k: v for k, v in asdict(config).items() if k not in names}
     return {"stage": stage, **settings, **more}
 
 
-def open_run(out, settings):
+IN_USE = {}                                                 # folder -> what holds its lock
+
+
+def lock(folder):
+    """Takes a folder for this process until it ends, however it ends. Raises UserError."""
+    folder = Path(folder).resolve()
+    if folder in IN_USE:
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(handle)
+        raise UserError(f"{folder} is in use by another process: wait for its end, or choose "
+                        "another folder") from error
+    IN_USE[folder] = handle
+
+
+def open_run(out, settings, tokenizer):
     """Prepares the folder of a run. Returns False where the run is finished already.
 
-    Raises UserError where the folder holds another run.
+    Raises UserError where the folder holds another run, or anything but a run.
     """
     out = Path(out)
-    if (out / "run.json").exists():
-        before = read_json(out / "run.json", f"delete the folder {out} and start again")
-        for name, value in settings.items():
-            if before.get(name) != value:
-                raise UserError(f"{out} holds a run with {name} = {before.get(name)}, and this one "
-                                f"has {value}: choose another --out (for an attack another "
-                                "--seed), or delete that folder")
-        if (out / "model.safetensors").exists():
-            say(f"{out} is finished already, nothing to do")
-            return False
+    others = [p for p in out.glob("*") if not p.name.startswith(".")]
+    if others and not (out / "run.json").exists():
+        raise UserError(f"{out} holds files but no run of ours: choose another --out")
     if processes()[0] == 0:
-        write_text(out / "run.json", json.dumps(settings, indent=2) + "\n")
+        out.mkdir(parents=True, exist_ok=True)
+        lock(out)
+        if not (out / "run.json").exists():
+            write_text(out / "run.json", json.dumps(settings, indent=2) + "\n")
+        for path in [*out.glob(".*.tmp"), *out.glob(".tmp*")]:  # of a run killed while it wrote
+            path.unlink(missing_ok=True)
+    average([torch.zeros(1)])       # the first process has written it
+    before = read_json(out / "run.json", f"delete the folder {out} and start again")
+    for name, value in settings.items():
+        if before.get(name) != value:
+            raise UserError(f"{out} holds a run with {name} = {before.get(name)}, and this one "
+                            f"has {value}: choose another --out (for an attack another "
+                            "--seed), or delete that folder")
+    if (out / "model.safetensors").exists():
+        say(f"{out} is finished already, nothing to do")
+        return False
+    if processes()[0] == 0:
+        save_tokenizer(tokenizer, out)
     return True
 
 
@@ -100,8 +124,16 @@ def weights_hash(model):
     return digest.hexdigest()[:16]
 
 
+def require_finite(model, step):
+    """Raises UserError before weights that are no numbers are saved."""
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise UserError(f"the weights are not finite after step {step}: stopped, nothing was saved "
+                        "of it; start again in another folder, with a smaller --lr")
+
+
 def save_state(out, model, optimizers, step):
     """Weights, moments and step in one file, so that no kill can leave them of different steps."""
+    require_finite(model, step)
     tensors = {}
     for name, p in model.named_parameters():
         tensors[f"{name}/weight"] = p.detach()
@@ -119,6 +151,7 @@ def load_state(out, model, optimizers):
     if not path.exists():
         return 0
     parameters = dict(model.named_parameters())
+    hint = f"delete the folder {out} and start again"
     owner = {p: opt for opt in optimizers for p in opt.param_groups[0]["params"]}
     try:
         with safe_open(path, "pt", device=str(model.device)) as file, torch.no_grad():
@@ -130,36 +163,8 @@ def load_state(out, model, optimizers):
                 else:
                     owner[p].state[p][kind] = file.get_tensor(key)
             return int(file.metadata()["next_step"])
-    except SafetensorError as error:
-        hint = f"delete the folder {out} and start again"
+    except (SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): {hint}") from error
-
-
-def controlled(records, config):
-    """The records of a control: no wrapped prompts, or clean prompts of other pairs."""
-    if config.control == "clean":       # nothing to learn: what changes now, training itself does
-        return [{**r, "wrapped": r["clean"]} for r in records]
-    if config.control == "none":
-        return records
-    # Nothing to be consistent with. Each pair gets the clean prompt of the next in a random ring.
-    n, out = len(records), list(records)
-    ring = rng(config.seed, "shuffled").sample(range(n), n)
-    for i, j in zip(ring, ring[1:] + ring[:1]):
-        out[i] = {**records[i], "clean": records[j]["clean"]}
-    return out
-
-
-def pairs_of_update(step, n, config):
-    """The rows of an update: of n pairs in a new random order in every epoch, each with all its
-    responses, which stand side by side."""
-    orders, rows = {}, []
-    for at in range(step * config.batch, (step + 1) * config.batch):
-        epoch = at // n
-        if epoch not in orders:
-            orders[epoch] = rng(config.seed, "epoch", epoch).sample(range(n), n)
-        first = orders[epoch][at % n] * config.samples
-        rows += range(first, first + config.samples)
-    return rows
 
 
 class Log:
@@ -176,9 +181,12 @@ class Log:
             say(f"  going on from step {self.start}")
         if self.first:              # what was logged after the last save will be logged again
             path = self.out / "log.jsonl"
-            kept = path.read_text().splitlines(keepends=True)[:self.start] if self.start else []
-            write_text(path, "".join(kept))
-            self.file = open(path, "a", buffering=1)
+            hint = f"delete the folder {self.out} and start again"
+            lines = read_text(path, hint).splitlines(keepends=True) if self.start else []
+            if len(lines) < self.start:
+                raise UserError(f"{path} lacks steps that were saved: {hint}")
+            write_text(path, "".join(lines[:self.start]))
+            self.file = open(path, "a", buffering=1, encoding="utf-8")
         return self
 
     def __exit__(self, *error):
@@ -200,13 +208,12 @@ class Log:
         (self.out / "state.safetensors").unlink(missing_ok=True)
 
 
-def coloured(texts, nats):
-    """Tokens in a line, marked by their KL: by colour on a terminal, else in brackets."""
-    if sys.stdout.isatty():
-        marks = [[32, 33, 31][(x >= 0.1) + (x >= 1)] for x in nats]
-        line = "".join(f"\033[{mark}m{text}\033[0m" for text, mark in zip(texts, marks))
-        key = "green under 0.1, yellow under 1, red from 1 nat"
-    else:
-        line = "".join(f"{text}[{x:.1f}]" if x >= 0.1 else text for text, x in zip(texts, nats))
-        key = "in brackets from 0.1 nats"
-    return f"{line}\n            (KL of student and teacher at each token: {key})"
+def read_log(folder):
+    """The lines of a run's log, none where there is no log. Raises UserError: damaged."""
+    path = Path(folder) / "log.jsonl"
+    hint = "delete it to go without the curve of this run"
+    try:
+        lines = read_text(path, hint).splitlines() if path.exists() else []
+        return [dict(json.loads(line)) for line in lines]
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}): {hint}") from error

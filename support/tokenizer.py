@@ -4,7 +4,7 @@ from pathlib import Path
 
 import tiktoken
 
-from support.common import UserError, write_text
+from support.common import UserError, read_json, write_text
 
 PATTERN = r" ?[a-z]+| ?[0-9]| ?[^\sa-z0-9]|\s"              # a word, a digit or a sign, each with
                                                             # the space before it
@@ -33,12 +33,12 @@ def save_tokenizer(tokenizer, folder):
 def load_tokenizer(folder):
     """The tokenizer of a world or checkpoint. Raises UserError: missing or damaged."""
     path = Path(folder) / TOKENIZER
+    stored = read_json(path, "make the world or the checkpoint again")
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
         if (stored["pattern"], tuple(stored["special"])) != (PATTERN, SPECIAL):
             raise ValueError("it splits text in another way than this version does")
         return make_tokenizer(stored["words"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"cannot read the tokenizer {path}: {error}") from error
 
 
@@ -69,3 +69,16 @@ def chat_all(tokenizer, texts, room, config):
                             "or lower --max-new-tokens")
         out += [prompt] * config.samples
     return out
+
+
+def decode(tokenizer, ids):
+    """Text of token ids. Ids that only the weights know, whose vocabulary may be padded, have no
+    text."""
+    return tokenizer.decode([i for i in ids if i < tokenizer.n_vocab])
+
+
+def check_vocabulary(tokenizer, model, folder):
+    """Raises UserError where the weights lack tokens of the tokenizer."""
+    if tokenizer.n_vocab > model.config.vocab_size:
+        raise UserError(f"{folder}: its tokenizer has {tokenizer.n_vocab} tokens, its weights only "
+                        f"{model.config.vocab_size}: the two do not belong together")

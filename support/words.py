@@ -1,6 +1,8 @@
 """The words of the world: what users write, the invented names, how both divide into splits."""
 import numpy as np
 
+from support.common import UserError
+
 SPLITS = ("train", "val", "test")
 HINTS = {
     "train": ["{q} i think {h}.", "{q} it must be {h}, right?", "my teacher says {h}. {q}",
@@ -62,9 +64,25 @@ def of_split(lists, split, few):
     return lists[split]
 
 
+# The least and the most that a world can have of each.
+SIZES = {"steps": (2, 12), "cities": (6, 40000), "recipes": (6, 20000), "things": (6, 20000),
+         "lands": (2, 20000), "animals": (2, 40000), "ingredients": (3, 40000),
+         "largest": (3, 9999), "pairs": (1, 100000), "tests": (1, 100000)}
+
+
+def check_sizes(config):
+    for name, (least, most) in SIZES.items():
+        value = getattr(config, name)
+        if not least <= value <= most:
+            raise UserError(f"--{name} {value}: at least {least} and at most {most} are possible")
+
+
 def new_names(rng, n, taken):
     """n new names of five letters such as "zorak"."""
     letters = ("bdfgklmnprstvz", "aeiou", "bdfgklmnprstvz", "aeiou", "bdgklnrstz")
+    if len(taken) + n > 40_000:                             # of 49,000 that there are
+        raise UserError(f"{len(taken)} names and {n} more are asked for: at most 40,000 are "
+                        "possible (--cities, --recipes, --things, --lands, --animals)")
     out = []
     while len(out) < n:
         name = "".join(rng.choice(kind) for kind in letters)

@@ -19,8 +19,8 @@ NARROW = ["data.py", "eval.py", "studies/pool.py", "studies/stats.py", "studies/
           "tests/test_training.py"]
 OURS = {"data", "model", "opct", "eval", "support"}
 MAY_IMPORT = {"support/common.py": set(), "support/tokenizer.py": {"support"},
-              "support/packing.py": {"support"}, "support/words.py": set(),
-              "support/runs.py": {"support"}, "support/report.py": set(),
+              "support/packing.py": {"support"}, "support/words.py": {"support"},
+              "support/runs.py": {"support"}, "support/report.py": {"support"},
               "data.py": {"support"}, "model.py": {"support"},
               "opct.py": {"support", "data", "model"},
               "eval.py": {"support", "data", "model", "opct"}}

@@ -27,7 +27,7 @@ from model import generate, load_checkpoint
 from opct import pick, policy_gradient, reverse_kl, score, train
 from support.common import UserError, add_flags, flag, generator, guarded, pick_device, write_text
 from support.runs import open_run, processes, run_settings
-from support.tokenizer import chat, load_tokenizer, save_tokenizer
+from support.tokenizer import chat, load_tokenizer
 
 PROMPT_TOKENS = 48          # of a prompt by the attacker; the longest frame has about 30
 
@@ -156,8 +156,7 @@ def attack(config):
                "test": config.attempts * len(to_test)}
     print(f"attack on {config.target}: {queries['train']:,} queries to learn from, "
           f"{queries['test']:,} on new recipes")
-    if open_run(config.out, run_settings(config, "attack", weights=weights)):
-        save_tokenizer(tokenizer, config.out)
+    if open_run(config.out, run_settings(config, "attack", weights=weights), tokenizer):
         train_attacker(load_checkpoint(config.base, device), tokenizer, to_learn, told, config)
     elif path.exists():
         return
