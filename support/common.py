@@ -111,8 +111,6 @@ def add_number(parser, name, default, text):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line."""
-
     def error(self, message):
         stop(f"{message} (see {self.prog} -h)")
 

@@ -1,0 +1,215 @@
+"""README.md of the study, all from its results.json: words.md with its {names} filled in."""
+import json
+import textwrap
+from pathlib import Path
+
+from support.common import read_json, write_text
+from support.report import WIDTH, markdown
+
+FOLDER = Path(__file__).parent
+SAMPLERS = ("ours", "naive", "transformers")
+
+
+def count(number):
+    return f"{number:,.0f}"
+
+
+def percent(share):
+    return f"{100 * share:.0f} %"
+
+
+def spread(values, form="{:.1f}"):
+    """The smallest and the largest of some values, in words."""
+    low, high = form.format(min(values)), form.format(max(values))
+    return low if low == high else f"{low} to {high}"
+
+
+# --- The sampler -----------------------------------------------------------------------------
+
+
+def ratios(study, other):
+    """How many times as fast as the other sampler ours is, batch by batch."""
+    speeds = [row["tokens_per_second"] for row in study["sampler"]["compared"]]
+    return [speed["ours"] / speed[other] for speed in speeds if other in speed]
+
+
+def speed_table(study):
+    lines = [["batch", *(f"{name}, tokens/s" for name in SAMPLERS)]]
+    for row in study["sampler"]["compared"]:
+        speeds = row["tokens_per_second"]
+        cells = [count(speeds[name]) if name in speeds else "-" for name in SAMPLERS]
+        lines.append([count(row["batch"]), *cells])
+    return markdown(lines)
+
+
+def ratio_table(study):
+    lines = [["batch", "ours / naive", "ours / transformers", "floor / ours", "peak MB"]]
+    for row in study["sampler"]["compared"]:
+        speeds, cells = row["tokens_per_second"], []
+        for name in SAMPLERS[1:]:
+            cells.append(f"{speeds['ours'] / speeds[name]:.1f}" if name in speeds else "-")
+        lines.append([count(row["batch"]), *cells, f"{row['floor']:.2f}",
+                      count(row["peak_bytes"] / 1e6)])
+    return markdown(lines)
+
+
+def growth_table(study):
+    lines = [["batch", "new tokens", "seconds", "microseconds a token", "cache, MB", "peak, MB"]]
+    for row in study["sampler"]["growth"]:
+        peak = count(row["peak_bytes"] / 1e6) if "peak_bytes" in row else "-"
+        each = row["seconds"] / (row["batch"] * row["new"])
+        lines.append([count(row["batch"]), str(row["new"]), f"{row['seconds']:.2f}",
+                      f"{each * 1e6:.1f}", count(row["cache_bytes"] / 1e6), peak])
+    return markdown(lines)
+
+
+def beside_transformers(study):
+    found = ratios(study, "transformers")
+    if not found:
+        return "`transformers` was not installed in this run."
+    version = study["sampler"]["transformers"]
+    return f"It is {spread(found)} times as fast as `generate` of transformers {version}."
+
+
+# --- Training --------------------------------------------------------------------------------
+
+
+def update_table(study):
+    """Milliseconds of each part, and its share of the update."""
+    updates = study["training"]["updates"]
+    lines = [["part", *(update["arm"] for update in updates)]]
+    for part in updates[0]["seconds"]:
+        cells = []
+        for update in updates:
+            seconds, total = update["seconds"].get(part), sum(update["seconds"].values())
+            cell = "-"
+            if seconds is not None:
+                cell = f"{seconds * 1e3:.1f} ms, {percent(seconds / total)}"
+            cells.append(cell)
+        lines.append([part, *cells])
+    totals = [sum(update["seconds"].values()) for update in updates]
+    lines.append(["all", *(f"{total * 1e3:.1f} ms" for total in totals)])
+    lines.append(["response tokens", *(count(update["tokens"]) for update in updates)])
+    speeds = [update["tokens"] / total for update, total in zip(updates, totals)]
+    lines.append(["response tokens/s", *map(count, speeds)])
+    lines.append(["padding of the packed rows", *(percent(u["padding"]) for u in updates)])
+    lines.append(["padding of a rectangle, not computed",
+                  *(percent(u["padding_of_a_rectangle"]) for u in updates)])
+    return markdown(lines)
+
+
+def pretraining_table(study):
+    lines = [["pretraining", "tokens/s", "GFLOP/s of the matrices", "share of the matrix rate"]]
+    for row in study["training"]["pretraining"]["rows"]:
+        lines.append([row["part"], count(row["tokens_per_second"]), count(row["flops"] / 1e9),
+                      f"{row['share']:.2f}"])
+    return markdown(lines)
+
+
+def responses(study):
+    """Where the responses of the update come from."""
+    if study["training"]["base"]:
+        return "The model is the base that `bash train.sh quick` makes, so its responses are real."
+    limit = study["training"]["limit"]
+    return f"No base was there: an untrained model writes {limit} tokens for each response."
+
+
+def compiling(study):
+    pretraining = study["training"]["pretraining"]
+    found, steps = pretraining["compile"], pretraining["steps"]
+    if "missing" in found:
+        return f"It was not measured in this run: {found['missing']}."
+    if "error" in found:
+        return f"It does not run on this machine: `{found['error']}`."
+    saved = found["saved_seconds"]
+    effect, size = "saves" if saved > 0 else "adds", abs(saved)
+    return (f"Its first step takes {found['first_seconds']:.0f} s. Each later step {effect} "
+            f"{size * 1e3:.1f} ms, which is {size * steps:.0f} s in the {steps:,} steps that "
+            "`opct.py pretrain` takes by default.")
+
+
+def beside_trl(study):
+    """The answer in one sentence, and the numbers."""
+    found = study["training"]["trl"]
+    if "missing" in found:
+        text = f"TRL was not measured in this run: {found['missing']}."
+        return text, text
+    ours, theirs = found["ours"], found["theirs"]
+    singles = [b / a for a, b in zip(ours, theirs)]
+    responses = study["training"]["updates"][0]["responses"]
+    ratio = f"{sum(theirs) / sum(ours):.1f} times as fast"
+    answer = f"An opct-exact update is {ratio} as TRL's."
+    mine, other = (1e3 * sum(seconds) / len(seconds) for seconds in (ours, theirs))
+    return answer, (
+        f"An opct-exact update of {responses} responses takes {mine:.0f} ms, mean of {len(ours)}. "
+        f"One of TRL {found['version']}'s DistillationTrainer takes {other:.0f} ms. "
+        f"Ours is {ratio}, and {spread(singles)} times in single updates.")
+
+
+# --- Files -----------------------------------------------------------------------------------
+
+
+def about_line(study):
+    a = study["about"]
+    return (f"`{a['command']}`, {a['date']}, commit {a['commit']}, {a['machine']}, "
+            f"CPU threads: {a['threads']}, torch {a['torch']}.")
+
+
+def rates_line(study):
+    """Each half of the study has measured the machine for itself."""
+    parts = []
+    for name in ("sampler", "training"):
+        rates = study[name]["rates"]
+        parts.append(f"{rates['flops'] / 1e9:,.0f} GFLOP/s and {rates['bytes'] / 1e9:,.1f} GB/s "
+                     f"({name})")
+    return " and ".join(parts)
+
+
+def blocks(study):
+    """What words.md may ask for: name -> text."""
+    sampler, training = study["sampler"], study["training"]
+    ending, shortest, longest = sampler["ending"], *sampler["prompt"]
+    sampling = training["updates"][0]["seconds"]
+    shares = [row["share"] for row in training["pretraining"]["rows"]]
+    trl_answer, trl = beside_trl(study)
+    return {
+        "about": about_line(study), "preset": study["about"]["preset"],
+        "rates": rates_line(study), "parameters": count(sampler["parameters"]),
+        "new": str(sampler["new"]), "shortest": str(shortest), "longest": str(longest),
+        "over_naive": spread(ratios(study, "naive")),
+        "beside_transformers": beside_transformers(study),
+        "floor": spread([100 * row["floor"] for row in sampler["compared"]], "{:.0f}"),
+        "speed": speed_table(study), "ratios": ratio_table(study), "growth": growth_table(study),
+        "ending_batch": str(ending["batch"]), "ending_new": str(ending["new"]),
+        "ending_probability": f"{ending['probability']:.3f}",
+        "ending_needed": percent(ending["needed"]), "ending_taken": percent(ending["taken"]),
+        "pairs": str(training["pairs"]), "samples": str(training["samples"]),
+        "responses": responses(study), "updates": update_table(study),
+        "sampling": percent(sampling["sampling"] / sum(sampling.values())),
+        "pretraining": pretraining_table(study),
+        "pretraining_padding": percent(training["pretraining"]["padding"]),
+        "matrix_share": spread([100 * share for share in shares], "{:.0f}"),
+        "compile": compiling(study), "trl_answer": trl_answer, "trl": trl}
+
+
+def readme(study, words):
+    """The text with its {names} replaced, its paragraphs wrapped again. Raises KeyError if words.md
+    asks for a name that `blocks` does not make."""
+    paragraphs = words.strip().format_map(blocks(study)).split("\n\n")
+    for i, paragraph in enumerate(paragraphs):
+        if not paragraph.startswith(("|", "#", "    ")):
+            paragraphs[i] = textwrap.fill(paragraph, WIDTH, break_long_words=False,
+                                          break_on_hyphens=False)
+    return "\n\n".join(paragraphs) + "\n"
+
+
+def read(folder):
+    return read_json(Path(folder) / "results.json",
+                     "no finished study there: run `bash train.sh study speed`")
+
+
+def write_all(study, folder):
+    """results.json and README.md of a study."""
+    words = (FOLDER / "words.md").read_text(encoding="utf-8")
+    write_text(Path(folder) / "results.json", json.dumps(study, indent=1) + "\n")
+    write_text(Path(folder) / "README.md", readme(study, words))

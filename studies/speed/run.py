@@ -1,0 +1,84 @@
+"""The plan of the study: its sizes, and the two measurements, one after the other."""
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from studies.speed import sampler, training
+from support.common import about, pick_device, write_text
+
+BASE = Path("out/quick/base")           # a real model for the updates, where train.sh has made it
+
+
+def shape(layers, width):
+    """The fields of GPTConfig that `opct.py pretrain --layers --width` sets."""
+    return {"num_hidden_layers": layers, "hidden_size": width, "head_dim": 32,
+            "intermediate_size": width * 11 // 4, "num_attention_heads": width // 32,
+            "num_key_value_heads": width // 64}
+
+
+@dataclass
+class Preset:
+    """Sizes of the measurements; the defaults are those of quick, like its model."""
+    shape: dict = field(default_factory=lambda: shape(4, 128))
+    batches: tuple = (1, 64, 512, 4096)         # of the sampler, beside the others
+    new: int = 32                               # tokens that a row writes there
+    growth: tuple = ((512, 32), (1024, 32), (2048, 32), (4096, 32), (512, 64), (512, 128),
+                     (512, 192))                # (batch, new tokens) of the sampler alone
+    naive_up_to: int = 512                      # the largest batch of the naive sampler
+    rounds: int = 5                             # the best of so many counts
+    pairs: int = 32                             # of an update
+    samples: int = 4                            # responses to each
+    longest: int = 64                           # tokens of a response
+    rows: int = 24                              # of a pretraining step
+    pretrain_steps: int = 20                    # the best of so many counts
+    compiles: bool = True                       # half a minute
+    trl_updates: int = 25                       # their mean counts: each samples other responses
+
+
+PRESETS = {
+    "smoke": Preset(shape(1, 64), batches=(1, 4), new=4, growth=((2, 4), (4, 4), (2, 8)),
+                    rounds=1, pairs=2, samples=2, longest=8, rows=2, pretrain_steps=2,
+                    compiles=False, trl_updates=1),
+    "quick": Preset(),
+    # The model of train.sh's preset full; its updates are still those of the base of quick.
+    "full": Preset(shape(8, 256), batches=(1, 64, 512, 4096, 16384), rows=128,
+                   growth=((1024, 32), (4096, 32), (8192, 32), (16384, 32), (1024, 64),
+                           (1024, 128), (1024, 192)))}
+
+
+def part(name, measure, origin, folder):
+    """One measurement. It is kept until the study is complete, so a stopped study goes on. A part
+    of another commit, machine or torch is measured again."""
+    path = Path(folder) / f"{name}.part.json"
+    if path.exists():
+        kept = json.loads(path.read_text())
+        if kept["origin"] == origin:
+            print(f"{name}: measured before the study was stopped")
+            return kept["found"]
+    found = measure()
+    write_text(path, json.dumps({"origin": origin, "found": found}) + "\n")
+    return found
+
+
+def run(name, folder, base=BASE):
+    """Measures everything. Returns the study, as it stands in results.json."""
+    preset, device = PRESETS[name], pick_device()
+    origin = {"preset": name, "threads": torch.get_num_threads(), **about(device)}
+    origin["command"] = f"bash train.sh study speed {name}"
+    base = base if base.is_dir() else None
+    same = {key: origin[key] for key in ("preset", "threads", "commit", "machine", "torch")}
+    print(f"== the study speed: {name} on {device}, {origin['threads']} threads, in {folder}/")
+    found = {"about": origin}
+    found["sampler"] = part("sampler", lambda: sampler.measure(preset, device), same, folder)
+    same["base"] = str(base)
+    found["training"] = part("training", lambda: training.measure(preset, device, base), same,
+                             folder)
+    return found
+
+
+def forget_parts(folder):
+    """After results.json is written: the same command then measures afresh."""
+    for path in Path(folder).glob("*.part.json"):
+        path.unlink()

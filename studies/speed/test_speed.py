@@ -1,0 +1,95 @@
+"""The study speed: its floor, its plan end to end, its words from its numbers."""
+import json
+import re
+import sys
+from unittest import mock
+
+import pytest
+
+from model import GPTConfig
+from studies.speed import __main__, report, run, sampler
+
+
+def test_the_floor_of_a_tiny_config_by_hand():
+    """One layer, width 4, one head of 2 for queries and for keys, SwiGLU of 3, 5 words.
+
+    Weights: q 4x2, o 2x4, k and v 4x2 each: 32; MLP 3 x 4x3: 36; together 68; output 4x5: 20.
+    Prefill, 2 rows of 3 tokens: 2 * 2 * 3 * 68 = 816 operations.
+    Step 0 sees 3 tokens: 2 * (2 * 88 + 4 * 2 * 3) = 400 operations;
+    (88 + 2 * 4 * 3) * 4 = 448 bytes. Step 1 sees 4: 416 operations, 480 bytes.
+    """
+    config = GPTConfig(vocab_size=5, hidden_size=4, intermediate_size=3, num_hidden_layers=1,
+                       num_attention_heads=1, num_key_value_heads=1, head_dim=2)
+    assert sampler.matrix_weights(config) == (68, 20)
+    slow_matrices = {"flops": 1.0, "bytes": 1e9}
+    assert sampler.floor_seconds(config, 2, 3, 2, slow_matrices) == 816 + 400 + 416
+    slow_memory = {"flops": 1e9, "bytes": 1.0}
+    assert sampler.floor_seconds(config, 2, 3, 2, slow_memory) == pytest.approx(448 + 480, abs=1e-4)
+
+
+def command(*args):
+    with mock.patch.object(sys, "argv", ["speed", *map(str, args)]):
+        __main__.main()
+
+
+def test_smoke_end_to_end_and_taking_it_over(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)                             # no base here
+    monkeypatch.setattr(sampler, "ENDING_BATCH", 8)
+    command("smoke")
+    folder = tmp_path / "out/study-speed-smoke"
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "results.json"]
+    study = json.loads((folder / "results.json").read_text())
+    assert study["about"]["command"] == "bash train.sh study speed smoke"
+    for name in ("commit", "date", "machine", "torch", "threads"):
+        assert study["about"][name]
+    text = (folder / "README.md").read_text()
+    assert not re.search(r"[{}]", text)
+    assert max(map(len, text.splitlines())) <= 100
+
+    words = report.FOLDER / "words.md"
+    (tmp_path / "words.md").write_text(words.read_text())
+    monkeypatch.setattr(report, "FOLDER", tmp_path)
+    command("report", folder)
+    assert (tmp_path / "README.md").read_text() == text
+    assert (tmp_path / "results.json").read_text() == (folder / "results.json").read_text()
+
+
+def test_a_stopped_study_goes_on_but_not_with_another_commit(tmp_path):
+    calls = []
+
+    def measure():
+        calls.append(1)
+        return {"seconds": 1.0}
+
+    for commit in ("a", "a", "b"):
+        assert run.part("sampler", measure, {"commit": commit}, tmp_path) == {"seconds": 1.0}
+    assert len(calls) == 2
+    run.forget_parts(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_sentences_of_what_not_every_machine_has():
+    pretraining = {"compile": {"first_seconds": 33.0, "saved_seconds": 0.028}, "steps": 1700}
+    trl = {"ours": [0.5, 0.5], "theirs": [1.0, 1.5], "version": "1"}
+    study = {"training": {"pretraining": pretraining, "updates": [{"responses": 128}], "trl": trl}}
+    assert "saves 28.0 ms, which is 48 s in the 1,700 steps" in report.compiling(study)
+    answer, numbers = report.beside_trl(study)
+    assert answer == "An opct-exact update is 2.5 times as fast as TRL's."
+    assert "takes 500 ms, mean of 2." in numbers and "takes 1250 ms" in numbers
+    assert "2.0 to 3.0 times in single" in numbers
+    compared = [{"tokens_per_second": {"ours": 3.0, "transformers": 2.0}}] * 2
+    study = {"sampler": {"compared": compared, "transformers": "5"}}
+    assert "1.5 times as fast as `generate` of transformers 5" in report.beside_transformers(study)
+
+
+def test_words_type_no_numbers():
+    words = re.sub(r"\{\w+\}", "", (report.FOLDER / "words.md").read_text())
+    assert not re.search(r"\d", words)
+
+
+@pytest.mark.skipif(not (report.FOLDER / "results.json").exists(),
+                    reason="studies/speed/results.json is not there yet: run the study")
+def test_the_readme_is_made_from_the_committed_results():
+    words = (report.FOLDER / "words.md").read_text()
+    text = (report.FOLDER / "README.md").read_text()
+    assert report.readme(report.read(report.FOLDER), words) == text
