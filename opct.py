@@ -8,7 +8,7 @@ copy of the model as it stood when training started.
            loss = sum_t KL( pi_theta(. | x~, y<t) || pi_0(. | x, y<t) )       reverse KL
 
     SFT:   y ~ pi_0(. | x)              the teacher's response, sampled once before training
-           loss = sum_t -log pi_theta(y_t | x~, y<t)       the forward KL, were y fresh
+           loss = sum_t -log pi_theta(y_t | x~, y<t)       forward KL + a constant, on average
 
 One update of OPCT (`opct_step`, `train`):
 
@@ -18,11 +18,11 @@ One update of OPCT (`opct_step`, `train`):
     4. the loss is the KL at each token, summed over a response, averaged over responses;
     5. take one step of the optimizer. No reward, no critic, no label, no second update.
 
-Each method has two losses: on the token that was sampled, as in the paper and in plain SFT, or
-exact, on the whole distribution: same expected gradient on fresh y, less noise. `sft_step` and
-`opct_step` differ in whose response and which loss, no more.
+Each method has two losses. `sampled` sees the sampled token alone: the paper's OPCT, plain SFT.
+`exact`, the default, sees the whole distribution: same gradient on average over fresh y, less
+variance. `sft_step` and `opct_step` differ in whose response and which loss, no more.
 
-    python opct.py pretrain --world W --out BASE
+    python data.py --out W && python opct.py pretrain --world W --out BASE
     python opct.py opct|sft --base BASE --pairs W/train.jsonl --out RUN [--loss sampled|exact]
 """
 import copy
@@ -48,9 +48,9 @@ from support.tokenizer import (IM_END, PAD, chat, chat_all, check_vocabulary, de
 # --- Objectives: pure functions, one value a token. tests/test_gradients.py is about these -----
 
 def reverse_kl(logp_student, logp_teacher):
-    """KL(student || teacher) at each token, in nats: (N, V), (N, V) -> (N,). OPCT, exact.
+    """KL(first || second argument) at each token, in nats: (N, V), (N, V) -> (N,). OPCT, exact.
 
-    The prefix is fixed: no gradient flows through how y was sampled. 2605.21834.
+    N response tokens, V vocabulary. No gradient flows through how y was sampled. 2605.21834.
     """
     p, q = logp_student.exp(), logp_teacher.exp()
     # `- p + q` sums to zero, but with it each term's derivative is exactly 0 at agreement. Without
@@ -60,7 +60,7 @@ def reverse_kl(logp_student, logp_teacher):
 
 def forward_kl(logp_student, logp_teacher):
     """KL(teacher || student) at each token, in nats: (N, V), (N, V) -> (N,). SFT, exact."""
-    return reverse_kl(logp_teacher, logp_student)           # same formula, arguments swapped
+    return reverse_kl(logp_teacher, logp_student)           # KL(first || second), so swapped
 
 
 def cross_entropy(logp_token):
@@ -68,39 +68,39 @@ def cross_entropy(logp_token):
     return -logp_token
 
 
-def advantage(logp_student, logp_teacher, mask, gamma=0.0):
+def advantage(own, ref, mask, gamma=0.0):
     """A_t = -sum_{u >= t} gamma^(u-t) Delta_u, Delta_t = log pi_theta(y_t) - log pi_0(y_t).
 
-    Minus the KL estimate of the sampled tokens, without gradient: (N,), (N,) and mask (B, T),
-    which says where a response ends -> (N,). gamma = 0, the paper's choice, gives the gradient of
-    `reverse_kl` in expectation; gamma = 1 that of the KL between whole responses. 2605.21834.
+    own, ref (N,): log-probability of each sampled token, student's and teacher's. mask (B, T): True
+    on the responses. Returns (N,), no gradient. gamma = 0, as in the paper: A_t = -Delta_t, on
+    average the gradient of `reverse_kl`; gamma = 1: that of the KL between whole responses.
     """
-    delta = (logp_student - logp_teacher).detach()
+    delta = (own - ref).detach()
     total = delta.new_zeros(mask.shape).masked_scatter(mask, delta)             # (B, T)
     for t in reversed(range(mask.shape[1] - 1)):
         total[:, t] += gamma * total[:, t + 1]
     return -total[mask]
 
 
-def policy_gradient(logp_token, logp_sampled, advantage):
+def policy_gradient(logp_token, logp_sampled, advantages):
     """-ratio_t * A_t, ratio_t = pi_theta(y_t) / pi_sampled(y_t): (N,) -> (N,). OPCT, sampled.
 
-    The sampler is the student here, so `logp_sampled` is logp_token.detach() and the ratio 1, but
-    the gradient flows through it. (The loss log pi_theta - log pi_0 has no gradient on average.)
+    logp_sampled: under the model that sampled y. Here that is the student itself, so the ratio is
+    1, and its gradient that of log pi_theta(y_t). (Delta_t itself as a loss: zero on average.)
     """
-    return -(logp_token - logp_sampled).exp() * advantage
+    return -(logp_token - logp_sampled).exp() * advantages
 
 
 # --- The two methods, side by side. Each: pairs in, loss out -----------------------------------
 
 @dataclass
 class Pairs:
-    """The prompts of an update in tokens: B rows, one for each response."""
+    """The batch of an update, in tokens: B rows, one a response; a pair fills `samples` rows."""
     clean: list
     wrapped: list
     response: torch.Tensor | None = None    # sft: (B, T), sampled once before training
     mask: torch.Tensor | None = None        # sft: (B, T), True on the response
-    noise: torch.Tensor | None = None       # opct: (B, max_new_tokens), decides the samples
+    noise: torch.Tensor | None = None       # opct: (B, max_new_tokens), uniform: picks the tokens
 
 
 def sft_step(student, teacher, pairs, config):
@@ -109,7 +109,7 @@ def sft_step(student, teacher, pairs, config):
     logp_student = score(student, pairs.wrapped, response, mask)                    # (N, V)
     with torch.no_grad():
         logp_teacher = score(teacher, pairs.clean, response, mask)                  # (N, V)
-    kl = reverse_kl(logp_student.detach(), logp_teacher)                            # (N,)
+    kl = reverse_kl(logp_student.detach(), logp_teacher)            # (N,), for the log alone
     if config.loss == "exact":
         loss = forward_kl(logp_student, logp_teacher)
     else:
@@ -135,7 +135,7 @@ def opct_step(student, teacher, pairs, config):
 # --- Scoring ---------------------------------------------------------------------------------
 
 def hidden_states(model, packed):
-    """The last hidden states of packed rows, flattened: (R * W, C)."""
+    """The last hidden states of R packed rows of W tokens, flattened: (R * W, C)."""
     return model.model(*packed.inputs(model.device)).flatten(0, 1)
 
 
@@ -212,7 +212,7 @@ def train(model, step_of, config, optimizers):
     """
     model.train()
     start = load_state(config.out, model, optimizers)
-    average([torch.zeros(1)])       # wait: all have read the state before one saves the next
+    average([torch.zeros(1)])       # a barrier: all have read the state before one saves the next
     with Log(config, start) as log:
         for step in range(start, config.steps):
             began = time.time()
@@ -279,11 +279,11 @@ def pretrain(config):
         target = mine.next_tokens().flatten().to(device)
         logits = model.lm_head(hidden_states(model, mine))                          # (R * W, V)
         total = F.cross_entropy(logits, target, reduction="sum", ignore_index=-1)
-        share = size / (packed.next_tokens() >= 0).sum()    # of all processes' tokens
-        return total * share, {"tokens": (target >= 0).sum()}
+        scale = size / (packed.next_tokens() >= 0).sum()    # the processes' mean is then per token
+        return total * scale, {"tokens": (target >= 0).sum()}
 
-    # Muon for the matrices, where it needs about a third of AdamW's steps here. The adjustment
-    # gives both the same size of update, so one learning rate serves the two.
+    # Muon for the matrices of the layers, AdamW for the rest. `match_rms_adamw` gives both the
+    # same size of update, so one learning rate serves the two.
     matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if all(p is not m for m in matrices)]
     train(model, step_of, config, [
@@ -294,7 +294,7 @@ def pretrain(config):
 # --- Consistency training: the step function is all that SFT and OPCT differ in ----------------
 
 def offline_responses(teacher, clean, config):
-    """The teacher's responses to all clean prompts and their mask: (N, max_new_tokens) each."""
+    """The teacher's responses to all clean prompts, and the mask: (rows, max_new_tokens) each."""
     responses, masks = [], []
     for at in range(0, len(clean), 512):
         response, mask = generate(teacher, clean[at:at + 512], config.max_new_tokens,
@@ -320,7 +320,7 @@ def consistency(config, stage):
     records = controlled(records, config)
     room = student.config.max_position_embeddings - config.max_new_tokens
     clean, wrapped = (chat_all(tokenizer, [r[form] for r in records], room, config)
-                      for form in ("clean", "wrapped"))
+                      for form in ("clean", "wrapped"))     # each prompt `samples` times
     if not open_run(config.out, settings, tokenizer):
         return
     say(f"{stage} ({config.loss}): {len(records)} pairs, {config.steps} updates of "
@@ -329,7 +329,7 @@ def consistency(config, stage):
         response, mask = offline_responses(teacher, clean, config)
 
     def step_of(step):
-        rows = pairs_of_update(step, len(records), config)
+        rows = pairs_of_update(step, len(records), config)  # places in `clean`, one a response
         mine = rows[rank::size]                             # the rows of this process
         pairs = Pairs([clean[i] for i in mine], [wrapped[i] for i in mine])
         if stage == "sft":

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from support.common import UserError
+from support.common import UserError, show
+from support.runs import lock
 
 
 def places():
@@ -52,6 +53,7 @@ def run(commands, at_once, folder, later=0):
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    lock(folder)                                            # two studies would do all twice
     done = finished(folder)
     waiting = [command for command in commands if shlex.join(command[2]) not in done]
     left = sum(command[0] for command in waiting) + later
@@ -73,7 +75,7 @@ def run(commands, at_once, folder, later=0):
                     file.write(shlex.join(argv) + "\n")
                 worked, left = worked + seconds, left - seconds
                 minutes = (time.time() - began) * left / worked / 60
-                print(f"  {name:40} about {minutes:.0f} min left", flush=True)
+                show(f"  {name:40} about {minutes:.0f} min left")
     finally:
         for job in running:
             job[3].terminate()

@@ -39,9 +39,10 @@ def read_checkpoint(folder, families):
 def refuse_other_kinds(folder, config, families):
     """What would change the function silently is refused: a wrong number is worse than none."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    rope = rope if isinstance(rope, dict) else {"rope_type": rope}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if config.get("model_type") not in families:
+    rope_type = "default"
+    if isinstance(rope, dict):
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if config.get("model_type") not in list(families):
         raise UserError(f"{folder}: model_type = {config.get('model_type')!r} is not computed here")
     if config.get("hidden_act", "silu") != "silu":
         raise UserError(f"{folder}: hidden_act = {config['hidden_act']!r} is not computed here")
@@ -58,6 +59,8 @@ def filled(config, weights):
     """The config with defaults and checks. Raises ValueError: a value makes no sense."""
     config = dict(config)
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"rope_parameters = {rope!r}")
     config["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", 10000.0))
     config.setdefault("rms_norm_eps", 1e-6)
     config.setdefault("num_key_value_heads", config["num_attention_heads"])

@@ -173,11 +173,11 @@ def read_text(path, hint):
         raise UserError(f"{path} is no text in UTF-8 ({error}): {hint}") from error
 
 
-def read_json(path, hint, kind=dict):
+def read_json(path, hint, kind=dict, parse_float=None):
     """Reads a JSON file of ours. Raises UserError: missing or damaged, and then the hint."""
     text = read_text(path, hint)
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_float=parse_float)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}): {hint}") from error
     if not isinstance(value, kind):

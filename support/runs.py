@@ -214,6 +214,6 @@ def read_log(folder):
     hint = "delete it to go without the curve of this run"
     try:
         lines = read_text(path, hint).splitlines() if path.exists() else []
-        return [dict(json.loads(line)) for line in lines]
-    except (ValueError, TypeError) as error:
+        return [dict(**json.loads(line)) for line in lines]
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}): {hint}") from error

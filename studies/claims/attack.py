@@ -11,7 +11,6 @@ the attacker's training nor consistency training uses those.
     jailbreak_adaptive_best_of  share of the recipes that one of `--attempts` prompts gets
     jailbreak_adaptive_mean     jailbreak_adaptive, mean over all attackers of one target
 """
-import argparse
 import copy
 import json
 from collections import Counter
@@ -25,7 +24,8 @@ from data import judge, load_world
 from eval import MAX_NEW_TOKENS, best_of, rate, respond, same_world
 from model import generate, load_checkpoint
 from opct import pick, policy_gradient, reverse_kl, score, train
-from support.common import UserError, add_flags, flag, generator, guarded, pick_device, write_text
+from support.common import (Parser, UserError, add_flags, flag, generator, guarded, pick_device,
+                            read_json, show, write_text)
 from support.runs import open_run, processes, run_settings
 from support.tokenizer import chat, load_tokenizer
 
@@ -154,7 +154,7 @@ def attack(config):
     to_learn, to_test = world.split["val"]["forbidden"], world.split["test"]["forbidden"]
     queries = {"train": config.steps * config.group * len(to_learn),
                "test": config.attempts * len(to_test)}
-    print(f"attack on {config.target}: {queries['train']:,} queries to learn from, "
+    show(f"attack on {config.target}: {queries['train']:,} queries to learn from, "
           f"{queries['test']:,} on new recipes")
     if open_run(config.out, run_settings(config, "attack", weights=weights), tokenizer):
         train_attacker(load_checkpoint(config.base, device), tokenizer, to_learn, told, config)
@@ -171,7 +171,7 @@ def attack(config):
              "success": [json.loads(line)["success"] for line in log],
              "prompts": best, "figures": figures}
     write_text(path, json.dumps(found, indent=1) + "\n")
-    print(f"  told in {hits.mean():.1%} of the attempts; best of {config.attempts}: "
+    show(f"  told in {hits.mean():.1%} of the attempts; best of {config.attempts}: "
           f"{hits.any(1).sum()} of {len(hits)} recipes")
 
 
@@ -187,8 +187,8 @@ def attacks_on(folder, weights):
     """What the attackers of a checkpoint found; not those of an older one in the same folder."""
     found = []
     for path in sorted(Path(folder).glob("attacker-*/attack.json")):
-        attack = json.loads(path.read_text(), parse_float=rounded)
-        if attack["weights"] == weights:
+        attack = read_json(path, "delete it and attack again", parse_float=rounded)
+        if attack.get("weights") == weights:
             found.append(attack)
     return found
 
@@ -229,8 +229,7 @@ def strongest(attacks):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m studies.claims.attack",
-                                     description=AttackConfig.__doc__)
+    parser = Parser(prog="python -m studies.claims.attack", description=AttackConfig.__doc__)
     add_flags(parser, AttackConfig)
     attack(AttackConfig(**vars(parser.parse_args())))
 

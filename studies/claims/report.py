@@ -9,7 +9,7 @@ import numpy as np
 from studies import plots
 from studies.claims.run import ARMS, CONTROLS, LEARNT, choose
 from studies.stats import contrast, over_seeds, verdict
-from support.common import UserError, write_text
+from support.common import UserError, read_json, show, write_text
 from support.report import markdown, pyplot, save_figure
 
 FOLDER = Path(__file__).parent
@@ -397,12 +397,12 @@ def write_all(study, folder):
     write_text(folder / "transcripts.md", "```" + transcripts.split("```")[1] + "```\n")
     draw_main(study, folder / "main.png")
     draw_details(study, folder / "details.png")
-    print(f"\n{tables['study']}\n\n{tables['verdicts']}\n\nwritten to {folder}: results.json, "
+    show(f"\n{tables['study']}\n\n{tables['verdicts']}\n\nwritten to {folder}: results.json, "
           "results.md, transcripts.md and, with matplotlib, main.png and details.png")
 
 
 def committed():
-    return json.loads((FOLDER / "results.json").read_text())
+    return read_json(FOLDER / "results.json", "get it from git again")
 
 
 def publish():

@@ -17,7 +17,7 @@ import numpy as np
 from model import load_checkpoint
 from studies import pool
 from studies.claims.attack import attacks_on, rounded, same_means, strongest
-from support.common import UserError, write_text
+from support.common import UserError, read_json, show, write_text
 from support.runs import weights_hash
 
 # Name of an arm: the command of opct.py and its --loss.
@@ -148,7 +148,7 @@ def second_stages(folder, preset, rates):
 
 
 def read(path):
-    return json.loads(Path(path).read_text(), parse_float=rounded)
+    return read_json(path, "delete it and give the same command again", parse_float=rounded)
 
 
 def collect_grid(folder):
@@ -236,14 +236,14 @@ def run(name):
     def seconds(stages):
         return sum(command[0] for stage in stages for command in stage)
 
-    print(f"== the study claims: {at_once} commands at a time, in {folder}/; a line for each")
+    show(f"== the study claims: {at_once} commands at a time, in {folder}/; a line for each")
     first = first_stages(folder, preset)
     later = seconds(second_stages(folder, preset, dict.fromkeys(ARMS, preset.rates[0])))
     for i, stage in enumerate(first):
         pool.run(stage, at_once, folder, seconds(first[i + 1:]) + later)
     rates, _ = choose(collect_grid(folder))
     chosen = ", ".join(f"{arm} {rate}" for arm, rate in rates.items())
-    print(f"learning rates, chosen on the validation split: {chosen}")
+    show(f"learning rates, chosen on the validation split: {chosen}")
     second = second_stages(folder, preset, rates)
     for i, stage in enumerate(second):
         pool.run(stage, at_once, folder, seconds(second[i + 1:]))
@@ -263,4 +263,4 @@ def run_cell(family, seed, name):
         pool.run(stage, 1, folder)
     path = Path(folder) / f"{family}-{seed}/results.json"
     write_text(path, json.dumps(collect_cell(path), indent=1) + "\n")
-    print(f"written to {path}")
+    show(f"written to {path}")

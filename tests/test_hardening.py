@@ -1,0 +1,338 @@
+"""Whole kinds of trouble: what the user can fix is one line and exit code 2, nothing is lost."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conftest import run_here, tiny_gpt
+from data import load_world
+from model import generate, load_checkpoint, save_checkpoint
+from opct import PretrainConfig, train
+from support.checkpoints import COUNTS
+from support.common import UserError, guarded, pick_device
+from support.pairs import read_jsonl
+from support.runs import load_state, read_log, save_state
+from support.tokenizer import check_vocabulary, decode, load_tokenizer
+
+ROOT = Path(__file__).parent.parent
+WORLD = "--cities 12 --lands 4 --recipes 6 --things 12 --pairs 6 --tests 6".split()
+RUN = "--steps 4 --batch 4 --samples 2 --max-new-tokens 16 --save-every 1".split()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    home = tmp_path_factory.mktemp("a home with ümlauts")
+    world, base = home / "world", home / "base"
+    for args in (["data.py", "--out", world, *WORLD],
+                 ["opct.py", "pretrain", "--steps", 3, "--rows", 4, "--layers", 1, "--width", 64,
+                  "--world", world, "--out", base]):
+        done = run_here(*args)
+        assert done.returncode == 0, done.stderr
+    return home
+
+
+def opct(home, out, *more, base=None):
+    return ["opct.py", "opct", *RUN, "--base", base or home / "base", "--pairs",
+            home / "world/train.jsonl", "--out", out, *more]
+
+
+def refused(done, *words):
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: "), done.stderr
+    assert all(word in done.stderr for word in words), done.stderr
+
+
+# --- Files ------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_holds_anything_but_a_run_of_ours_is_refused(home, tmp_path):
+    save_checkpoint(tiny_gpt(dtype=torch.float32), tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    refused(run_here(*opct(home, tmp_path)), "holds files but no run of ours")
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    refused(run_here("data.py", "--out", home / "world", *WORLD, "--seed", 7), "another world")
+
+
+def test_every_file_has_the_permissions_of_any_other(home, tmp_path):
+    mask = os.umask(0o027)
+    try:
+        assert run_here(*opct(home, tmp_path / "run")).returncode == 0
+    finally:
+        os.umask(mask)
+    modes = {p.name: p.stat().st_mode & 0o777 for p in (tmp_path / "run").iterdir()}
+    assert set(modes.values()) == {0o640}, modes
+
+
+def test_pairs_in_utf_8_with_or_without_a_mark_and_with_odd_separators(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    pair = {"clean": "Größe\u2028?", "wrapped": "日本 \x85 \u2029"}
+    text = json.dumps(pair, ensure_ascii=False)
+    path.write_bytes(b"\xef\xbb\xbf" + f"{text}\r\n{text}".encode())
+    assert read_jsonl(path) == [pair, pair]
+    path.write_text('{"clean": "a", "wrapped": "\\ud800"}\n')
+    with pytest.raises(UserError, match="line 1 is no pair"):
+        read_jsonl(path)
+    path.write_bytes('{"clean": "Größe", "wrapped": "b"}\n'.encode("latin-1"))
+    with pytest.raises(UserError, match="no text in UTF-8"):
+        read_jsonl(path)
+
+
+PIPELINE = """
+import importlib, sys
+sys.path.insert(0, {root!r})
+from support.common import guarded
+for name, *args in {commands!r}:
+    sys.argv = [name, *map(str, args)]
+    guarded(importlib.import_module(name).main)
+import eval
+print("drawn" if eval.pyplot() else "matplotlib is missing", "Größe")
+"""
+
+
+@pytest.mark.parametrize("environment, flags", [
+    ({"LC_ALL": "C"}, []), ({"LC_ALL": "en_US.ISO-8859-1"}, ["-OO"]),
+    ({"PYTHONIOENCODING": "ascii", "MPLBACKEND": "module://no.such.backend"}, []),
+    ({"PYTHONSAFEPATH": "1", "PYTHONUTF8": "0"}, [])])
+def test_the_pipeline_in_odd_environments(environment, flags, tmp_path):
+    """From another working directory, too, and with a space and an umlaut in the path."""
+    out = tmp_path / "ein Ördner"
+    world, base = str(out / "world"), str(out / "base")
+    out.mkdir()
+    pairs = out / "my pairs.jsonl"
+    pairs.write_text('{"clean": "Wer?", "wrapped": "Größe, oder? Wer?"}\n', encoding="utf-8")
+    commands = [
+        ["data", "--out", world, *WORLD],
+        ["opct", "pretrain", "--steps", 2, "--rows", 2, "--layers", 1, "--width", 64,
+         "--world", world, "--out", base],
+        ["opct", "opct", *RUN, "--base", base, "--pairs", str(pairs), "--out", str(out / "run")],
+        ["eval", "compare", base, str(out / "run"), "--world", world, "--out", str(out),
+         "--attempts", 1]]
+    code = PIPELINE.format(root=str(ROOT), commands=commands)
+    done = subprocess.run([sys.executable, *flags, "-c", code], cwd=tmp_path, capture_output=True,
+                          env={**os.environ, **environment})
+    assert done.returncode == 0, done.stderr.decode("utf-8", "replace")
+    assert (out / "results.json").exists() and (out / "run/model.safetensors").exists()
+
+
+# --- Numbers ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flag, value", [
+    ("--clip", "0"), ("--clip", "-1"), ("--lr", "-1"), ("--lr", "0"), ("--lr", "nan"),
+    ("--lr", "inf"), ("--gamma", "2"), ("--gamma", "nan"), ("--seed", "-1"), ("--batch", "0"),
+    ("--steps", "1e3"), ("--samples", "99999999999"), ("--max-new-tokens", "-5")])
+def test_numbers_that_make_no_sense_are_refused_with_the_flag_and_its_range(home, tmp_path, flag,
+                                                                            value):
+    refused(run_here(*opct(home, tmp_path / "run", f"{flag}={value}")), flag)
+    assert not (tmp_path / "run").exists()
+
+
+def test_temperatures_below_zero_are_refused(home):
+    refused(run_here("eval.py", "chat", home / "base", "--temperature=-1"), "--temperature")
+
+
+@pytest.mark.parametrize("change", [{"cities": -3}, {"cities": "many"}, {"seed": True},
+                                    {"moons": 3}, {"steps": 10 ** 6}, {"cities": 60000}])
+def test_the_same_ranges_hold_for_a_world_that_is_read_from_a_file(home, tmp_path, change):
+    stored = json.loads((home / "world/world.json").read_text())
+    (tmp_path / "world.json").write_text(json.dumps({**stored, **change}))
+    with pytest.raises(UserError):
+        load_world(tmp_path)
+
+
+def test_a_world_larger_than_its_names_is_refused_with_the_number_that_is_possible():
+    refused(run_here("data.py", "--cities", 60000), "--cities", "40000")
+    refused(run_here("data.py", "--cities", 30000, "--recipes", 15000), "at most 40,000")
+
+
+# --- Checkpoints from elsewhere --------------------------------------------------------------
+
+
+def stored_checkpoint(folder, **changes):
+    save_checkpoint(tiny_gpt(vocab=7, dtype=torch.float32), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def test_another_output_layer_is_kept_though_the_config_calls_it_tied(tmp_path):
+    """As in transformers. Dropped, the logits were off by 30."""
+    model = tiny_gpt(vocab=7, dtype=torch.float32, tie_word_embeddings=False)
+    save_checkpoint(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    idx = torch.tensor([[0, 1, 2]])
+    assert torch.equal(load_checkpoint(tmp_path)(idx), model(idx))
+
+
+def test_rotary_frequencies_in_old_files_are_no_damage(tmp_path):
+    stored_checkpoint(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(weights, tmp_path / "model.safetensors")
+    load_checkpoint(tmp_path)
+
+
+def test_a_config_without_key_value_heads_has_as_many_as_heads(tmp_path):
+    save_checkpoint(tiny_gpt(dtype=torch.float32, num_key_value_heads=4), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["num_key_value_heads"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_checkpoint(tmp_path).config.num_key_value_heads == 4
+
+
+def test_a_vocabulary_may_be_larger_than_the_tokenizers_and_never_smaller(tokenizer):
+    model = tiny_gpt(vocab=tokenizer.n_vocab + 30, dtype=torch.float32)
+    check_vocabulary(tokenizer, model, "x")
+    response, mask = generate(model, [[1, 2]] * 200, 4,
+                              generator=torch.Generator().manual_seed(0))
+    assert max(response[mask].tolist()) >= tokenizer.n_vocab
+    assert isinstance(decode(tokenizer, response[mask].tolist()), str)
+    with pytest.raises(UserError, match="do not belong together"):
+        check_vocabulary(tokenizer, tiny_gpt(vocab=20), "x")
+
+
+@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize("value", [0, -1, "two", None, True, 2.5, 10 ** 9, []])
+def test_sizes_without_sense_in_a_config_are_one_line_before_memory_is_taken(tmp_path, name, value):
+    stored_checkpoint(tmp_path, **{name: value})
+    if name == "head_dim" and not value:
+        return                                              # as in transformers: it is worked out
+    with pytest.raises(UserError, match="damaged|belong together"):
+        load_checkpoint(tmp_path)
+
+
+# --- Our files, damaged ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"stage"', "\x00\x00"])
+def test_damaged_files_of_ours_are_named_in_one_line(home, tmp_path, damage):
+    for name in ("run.json", "tiktoken.json", "world.json", "log.jsonl"):
+        folder = tmp_path / name.split(".")[0]
+        folder.mkdir()
+        (folder / name).write_text(damage)
+    refused(run_here(*opct(home, tmp_path / "run")), "run.json")
+    with pytest.raises(UserError, match="tiktoken.json"):
+        load_tokenizer(tmp_path / "tiktoken")
+    with pytest.raises(UserError, match="world"):
+        load_world(tmp_path / "world")
+    if damage:
+        with pytest.raises(UserError, match="log.jsonl"):
+            read_log(tmp_path / "log")
+
+
+def test_a_damaged_state_is_named_with_what_to_do(tmp_path):
+    model = tiny_gpt(dtype=torch.float32)
+    optimizers = [torch.optim.AdamW(model.parameters())]
+    save_state(tmp_path, model, optimizers, 3)
+    whole = (tmp_path / "state.safetensors").read_bytes()
+    for damaged in (b"", whole[:100], whole[:-100]):
+        (tmp_path / "state.safetensors").write_bytes(damaged)
+        with pytest.raises(UserError, match="state.safetensors is damaged.*delete the folder"):
+            load_state(tmp_path, model, optimizers)
+    save_file({"other/weight": torch.zeros(1)}, tmp_path / "state.safetensors")
+    with pytest.raises(UserError, match="state.safetensors is damaged"):
+        load_state(tmp_path, model, optimizers)
+
+
+# --- Runs ------------------------------------------------------------------------------------
+
+
+def test_a_run_is_what_it_computes_whatever_its_files_are_called(home, tmp_path):
+    assert run_here(*opct(home, tmp_path / "run")).returncode == 0
+    again = run_here(*opct(home, tmp_path / "run/", base=f"{home}/world/../base/"))
+    assert again.returncode == 0 and "finished already" in again.stdout
+
+
+def test_what_is_refused_leaves_no_folder_in_the_way(home, tmp_path):
+    refused(run_here(*opct(home, tmp_path / "run", "--max-new-tokens", 240)), "leaves no room")
+    assert not (tmp_path / "run").exists()
+    assert run_here(*opct(home, tmp_path / "run")).returncode == 0
+
+
+def test_weights_that_are_no_numbers_are_never_saved(tmp_path):
+    """The loss of the last step is finite, and its update is not."""
+    model = tiny_gpt(dtype=torch.float32)
+
+    class Breaking(torch.optim.SGD):
+        def step(self):
+            with torch.no_grad():
+                model.model.norm.weight.fill_(torch.nan)
+
+    def step_of(step):
+        loss = model(torch.tensor([[0, 1, 2]])).pow(2).mean()
+        return loss, {"tokens": torch.tensor(3)}
+
+    config = PretrainConfig(out=str(tmp_path), steps=1)
+    with pytest.raises(UserError, match="not finite"):
+        train(model, step_of, config, [Breaking(model.parameters())])
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_what_a_kill_left_half_written_is_removed_at_the_next_start(home, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    for name in (".model.safetensors.tmp", ".tmpAbC123"):
+        (out / name).write_text("half a file")
+    assert run_here(*opct(home, out)).returncode == 0
+    assert not list(out.glob(".*"))
+
+
+def test_two_at_once_and_a_lock_that_dies_with_its_process(home, tmp_path):
+    out = tmp_path / "run"
+    args = [*map(str, opct(home, out)), "--steps", "100000"]
+    first = subprocess.Popen([sys.executable, *args], cwd=ROOT, stdout=subprocess.DEVNULL)
+    while not (out / "log.jsonl").exists() and first.poll() is None:
+        time.sleep(0.05)
+    refused(run_here(*args), "in use by another process")
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    refused(run_here(*opct(home, out)), "holds a run with steps = 100000")     # so: not in use
+
+
+def test_a_run_goes_on_when_nobody_reads_its_output_any_more(home, tmp_path):
+    out = tmp_path / "run"
+    args = [sys.executable, *map(str, opct(home, out, "--steps", 30))]
+    process = subprocess.Popen(args, cwd=ROOT, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait() == 0
+    assert (out / "model.safetensors").exists() and len(read_log(out)) == 30
+
+
+@pytest.mark.parametrize("name", ["mps", "meta", "xpu", "gpu", "cpu:x", "cuda:99"])
+def test_devices_other_than_cpu_and_cuda_are_refused(name):
+    with pytest.raises(UserError, match="cpu|CPU"):
+        pick_device(name)
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(), torch.OutOfMemoryError("CUDA out of memory."),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 4 TB")])
+def test_too_little_memory_is_one_line_that_says_what_to_lower(error, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as stopped:
+        guarded(main)
+    text = capsys.readouterr().err
+    assert stopped.value.code == 2 and text.count("\n") == 1 and "--batch" in text
+
+
+def test_errors_of_our_own_keep_their_traceback():
+    def main():
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        guarded(main)
+
+
+def test_shell_scripts_keep_their_line_endings():
+    assert "*.sh text eol=lf" in (ROOT / ".gitattributes").read_text()
+    assert b"\r" not in (ROOT / "train.sh").read_bytes()
