@@ -26,24 +26,27 @@ variance. `sft_step` and `opct_step` differ in whose response and which loss, no
     python opct.py opct|sft --base BASE --pairs W/train.jsonl --out RUN [--loss sampled|exact]
 """
 import copy
-import hashlib
 import math
 import time
 from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from data import load_world
-from model import ARCHITECTURES, GPT, GPTConfig, generate, load_checkpoint, save_checkpoint
-from support.common import Parser, UserError, add_flags, flag, generator, guarded, pick_device, rng
-from support.packing import ROW, pack, pack_responses
-from support.pairs import controlled, pairs_of_update, read_jsonl
+from model import (GPT, GPTConfig, add_lora, generate, load_checkpoint, merge_lora, save_checkpoint,
+                   without_lora)
+from support import runs
+from support.common import Parser, UserError, add_flags, generator, guarded, pick_device, rng
+from support.packing import ROW, pack_documents, pack_responses
+from support.pairs import (check_use, controlled, given_responses, pairs_of_update, read_jsonl,
+                           shown)
+from support.processes import average, join_processes, leave_processes, processes, say
 from support.report import coloured
-from support.runs import (Log, average, join_processes, leave_processes, load_state, open_run,
-                          processes, require_finite, run_settings, save_state, say, weights_hash)
+from support.settings import ConsistencyConfig, PretrainConfig, with_defaults
 from support.tokenizer import (IM_END, PAD, chat, chat_all, check_vocabulary, decode,
-                               document_tokens, load_tokenizer)
+                               load_tokenizer)
 
 # --- Objectives: pure functions, one value a token. tests/test_gradients.py is about these -----
 
@@ -106,49 +109,72 @@ class Pairs:
 def sft_step(student, teacher, pairs, config):
     """Offline: the teacher's responses, sampled once. Returns the loss and values to log."""
     response, mask = pairs.response, pairs.mask                                     # (B, T)
-    logp_student = score(student, pairs.wrapped, response, mask)                    # (N, V)
-    with torch.no_grad():
-        logp_teacher = score(teacher, pairs.clean, response, mask)                  # (N, V)
-    kl = reverse_kl(logp_student.detach(), logp_teacher)            # (N,), for the log alone
-    if config.loss == "exact":
-        loss = forward_kl(logp_student, logp_teacher)
-    else:
-        loss = cross_entropy(pick(logp_student, response[mask]))
-    return loss.sum() / len(response), {"kl_exact": kl, "tokens": mask.sum()}
+    own, _, kl = score(student, teacher, pairs, response, mask, forward_kl)         # (N,) each
+    loss = kl if config.loss == "exact" else cross_entropy(own)
+    return loss.sum() / len(response), to_log(student, response, mask, kl)
 
 
 def opct_step(student, teacher, pairs, config):
     """On-policy: the student's own responses, fresh. Returns the loss and values to log."""
     response, mask = generate(student, pairs.wrapped, config.max_new_tokens, noise=pairs.noise)
-    logp_student = score(student, pairs.wrapped, response, mask)                    # (N, V)
-    with torch.no_grad():
-        logp_teacher = score(teacher, pairs.clean, response, mask)                  # (N, V)
-    kl = reverse_kl(logp_student, logp_teacher)                                     # (N,)
+    own, ref, kl = score(student, teacher, pairs, response, mask, reverse_kl)       # (N,) each
     if config.loss == "exact":
         loss = kl
     else:
-        own, ref = pick(logp_student, response[mask]), pick(logp_teacher, response[mask])
         loss = policy_gradient(own, own.detach(), advantage(own, ref, mask, config.gamma))
-    return loss.sum() / len(response), {"kl_exact": kl.detach(), "tokens": mask.sum()}
+    return loss.sum() / len(response), to_log(student, response, mask, kl)
 
 
 # --- Scoring ---------------------------------------------------------------------------------
+
+PIECE = 2**25       # logits at a time: 128 MB in float32
+
+
+def score(student, teacher, pairs, response, mask, divergence):
+    """The student after `wrapped` and the teacher after `clean`, at each response token.
+
+    Args: response and mask (B, T), as `generate` returns them; divergence: reverse_kl, forward_kl.
+    Returns, each (N,) in the order of response[mask]: the student's log-probability of the token,
+    the teacher's, and the divergence of their distributions over the vocabulary, in nats. The end
+    token has a value, prompt and padding have none.
+    """
+    hidden = response_states(student, pairs.wrapped, response, mask)                # (N, C)
+    with torch.no_grad(), without_lora(teacher):
+        target = response_states(teacher, pairs.clean, response, mask)              # (N, C)
+
+    def piece(hidden, target, tokens):
+        logp_student = log_probabilities(student, hidden)                           # (n, V)
+        with torch.no_grad():
+            logp_teacher = log_probabilities(teacher, target)                       # (n, V)
+        return (pick(logp_student, tokens), pick(logp_teacher, tokens),
+                divergence(logp_student, logp_teacher))
+
+    n, tokens = max(1, PIECE // student.config.vocab_size), response[mask]
+    if len(tokens) <= n:
+        return piece(hidden, target, tokens)
+    # (N, V) of a real vocabulary takes gigabytes: each piece is computed again when the backward
+    # pass comes to it, and only one is held at a time.
+    pieces = [checkpoint(piece, *part, use_reentrant=False, preserve_rng_state=False)
+              for part in zip(hidden.split(n), target.split(n), tokens.split(n))]
+    return [torch.cat(values) for values in zip(*pieces)]
+
+
+def response_states(model, prompts, response, mask):
+    """The hidden state that predicts each response token: (N, C), N = mask.sum()."""
+    responses = [ids[keep].tolist() for ids, keep in zip(response.cpu(), mask.cpu())]
+    packed, where = pack_responses(prompts, responses)
+    return hidden_states(model, packed)[torch.tensor(where, device=model.device)]
+
 
 def hidden_states(model, packed):
     """The last hidden states of R packed rows of W tokens, flattened: (R * W, C)."""
     return model.model(*packed.inputs(model.device)).flatten(0, 1)
 
 
-def score(model, prompts, response, mask):
-    """log pi(. | prompt, y<t) at each response token: (N, V), N = mask.sum().
-
-    The rows are in the order of response[mask]: the end token has one, prompt and padding have
-    none. Args: B lists of token ids; response and mask (B, T), as `generate` returns them.
-    """
-    responses = [ids[keep].tolist() for ids, keep in zip(response.cpu(), mask.cpu())]
-    packed, where = pack_responses(prompts, responses)
-    hidden = hidden_states(model, packed)[torch.tensor(where, device=model.device)]     # (N, C)
-    return model.lm_head(hidden).log_softmax(-1)
+def log_probabilities(model, hidden):
+    """(N, C) -> (N, V), in float32 also where the model computes in bfloat16."""
+    logits = model.lm_head(hidden)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
 def pick(logp, tokens):
@@ -156,45 +182,14 @@ def pick(logp, tokens):
     return logp.gather(-1, tokens[:, None]).squeeze(-1)
 
 
+def to_log(student, response, mask, kl):
+    """What a step says of its responses; the loop takes means, `tokens` apart."""
+    ended = torch.isin(response, response.new_tensor(student.config.ends)) & mask
+    return {"kl_exact": kl.detach(), "tokens": mask.sum(), "length": mask.sum(1),
+            "cut": ~ended.any(1)}
+
+
 # --- The training loop -------------------------------------------------------------------------
-
-@dataclass
-class PretrainConfig:
-    """Trains the base model on fresh text of the world."""
-    world: str = flag("world", "the folder that `python data.py --out` wrote")
-    out: str = flag("base", "the folder for checkpoint and log")
-    family: str = flag("llama", "shape of the model", choices=list(ARCHITECTURES))
-    layers: int = flag(4, "layers")
-    width: int = flag(128, "hidden size, a multiple of 64; a head has 32 of it")
-    rows: int = flag(24, f"rows of {ROW} tokens in a step")
-    steps: int = flag(1700, "steps")
-    lr: float = flag(1e-2, "highest learning rate")
-    clip: float = flag(1.0, "largest gradient norm")
-    seed: int = flag(0, "initialisation, documents and their order follow from it")
-    save_every: int = flag(100, "steps between two saved states")
-    device: str = flag(None, "cpu or cuda; the best there is")
-
-
-@dataclass
-class ConsistencyConfig:
-    """Trains a base model for consistency on contrastive pairs."""
-    base: str = flag("base", "the checkpoint to start from; the teacher is a frozen copy of it")
-    pairs: str = flag("world/train.jsonl", "contrastive pairs, one JSON object a line")
-    out: str = flag("run", "the folder for checkpoint and log")
-    loss: str = flag("exact", "sampled token or exact KL", choices=["sampled", "exact"])
-    gamma: float = flag(0.0, "opct --loss sampled: discount of later tokens' KL")
-    control: str = flag("none", "clean: the student gets the clean prompt; shuffled: the teacher "
-                        "gets another pair's", choices=["none", "clean", "shuffled"])
-    steps: int = flag(60, "updates")
-    batch: int = flag(32, "pairs in an update")
-    samples: int = flag(4, "responses to a pair in an update")
-    max_new_tokens: int = flag(64, "a longer response is cut")
-    lr: float = flag(3e-4, "highest learning rate")
-    clip: float = flag(1.0, "largest gradient norm")
-    seed: int = flag(0, "order of the pairs and sampling follow from it")
-    save_every: int = flag(10, "updates between two saved states")
-    device: str = flag(None, "cpu or cuda; the best there is")
-
 
 def learning_rate(step, config):
     """Up in a straight line over the first 5 % of the steps, then down to zero."""
@@ -204,26 +199,28 @@ def learning_rate(step, config):
 
 
 def train(model, step_of, config, optimizers):
-    """The loop of every stage: `step_of(step)` returns the loss and the values to log.
+    """The loop of every stage. `step_of(step)` yields the micro-batches of an update, each as its
+    share of the loss and the values to log.
 
     All randomness follows from (seed, step), and the whole state is saved now and then. So a run
     that was killed and started again ends like an unbroken one: bit for bit on a CPU with the same
     number of threads.
     """
     model.train()
-    start = load_state(config.out, model, optimizers)
-    average([torch.zeros(1)])       # a barrier: all have read the state before one saves the next
-    with Log(config, start) as log:
+    start = runs.load_state(config.out, model, optimizers)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with runs.Log(config, start) as log:
         for step in range(start, config.steps):
             began = time.time()
-            loss, values = step_of(step)
-            loss.backward()
-            # A pair (sum, count) for each value, so that processes average exactly.
-            sums = {name: torch.stack([v.sum().float(), v.new_tensor(v.numel()).float()])
-                    for name, v in {"loss": loss.detach(), **values}.items()}
-            average([*(p.grad for p in model.parameters()), *sums.values()])
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip).item()
-            means = {name: (total / count).item() for name, (total, count) in sums.items()}
+            total, sums = torch.zeros((), device=model.device), {}
+            for loss, values in step_of(step):
+                loss.backward()
+                total += loss.detach()
+                runs.add_sums(sums, values)
+            average([*(p.grad for p in trained), total, *sums.values()])
+            norm = torch.nn.utils.clip_grad_norm_(trained, config.clip).item()
+            means, tokens = runs.means_and_tokens(sums)
+            means = {"loss": total.item(), **means, "grad_norm": norm}
             if not math.isfinite(means["loss"] + norm):
                 raise UserError(f"loss {means['loss']}, gradient {norm} at step {step}: stopped; "
                                 "start again in another folder, with a smaller --lr")
@@ -231,26 +228,21 @@ def train(model, step_of, config, optimizers):
                 optimizer.param_groups[0]["lr"] = rate = learning_rate(step, config)
                 optimizer.step()
                 optimizer.zero_grad()
-            tokens = round(means.pop("tokens") * processes()[1])
-            log.write(step, {**means, "grad_norm": norm, "lr": rate}, tokens, time.time() - began)
+            log.write(step, {**means, "lr": rate}, tokens, time.time() - began)
             if log.first and (step + 1) % config.save_every == 0 and step + 1 < config.steps:
-                save_state(config.out, model, optimizers, step + 1)
-    require_finite(model, config.steps)
-    if log.first:
+                runs.save_state(config.out, model, optimizers, step + 1)
+    runs.require_finite(model, config.steps)
+
+
+def finish(model, config):
+    """Saves the checkpoint of a whole run, and drops the state, which nobody needs any more."""
+    if processes()[0] == 0:
+        merge_lora(model)
         save_checkpoint(model, config.out)
-        log.drop_state()
+        runs.drop_state(config.out)
 
 
 # --- Pretraining: next-token prediction on fresh documents of the world ------------------------
-
-def pretraining_batch(world, tokenizer, random, rows):
-    """Packed fresh documents. At 97 % of the room first-fit leaves hardly any of them out."""
-    groups, room = [], 0.97 * rows * ROW
-    while room > 0:
-        groups.append((document_tokens(tokenizer, *world.document(random)), []))
-        room -= len(groups[-1][0])
-    return pack(groups[:-1], max_rows=rows)
-
 
 def pretrain(config):
     (rank, size), device = processes(), pick_device(config.device)
@@ -259,8 +251,8 @@ def pretrain(config):
         raise UserError(f"--width {config.width}: it has to be a multiple of 64")
     if config.rows % size:
         raise UserError(f"--rows {config.rows} cannot be shared out evenly by {size} processes")
-    settings = run_settings(config, "pretrain", world_config=asdict(world.config))
-    if not open_run(config.out, settings, tokenizer):
+    settings = runs.run_settings(config, "pretrain", world_config=asdict(world.config))
+    if not runs.open_run(config.out, settings, tokenizer):
         return
     torch.manual_seed(config.seed)
     model = GPT(GPTConfig(
@@ -274,13 +266,13 @@ def pretrain(config):
 
     def step_of(step):
         random = rng(config.seed, "pretrain", step)
-        packed = pretraining_batch(world, tokenizer, random, config.rows)
+        packed = pack_documents(world, tokenizer, random, config.rows)
         mine = packed.rows(slice(rank, None, size))         # the rows of this process
         target = mine.next_tokens().flatten().to(device)
         logits = model.lm_head(hidden_states(model, mine))                          # (R * W, V)
         total = F.cross_entropy(logits, target, reduction="sum", ignore_index=-1)
         scale = size / (packed.next_tokens() >= 0).sum()    # the processes' mean is then per token
-        return total * scale, {"tokens": (target >= 0).sum()}
+        yield total * scale, {"tokens": (target >= 0).sum()}
 
     # Muon for the matrices of the layers, AdamW for the rest. `match_rms_adamw` gives both the
     # same size of update, so one learning rate serves the two.
@@ -289,72 +281,84 @@ def pretrain(config):
     train(model, step_of, config, [
         torch.optim.Muon(matrices, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.1, fused=True)])
+    finish(model, config)
 
 
 # --- Consistency training: the step function is all that SFT and OPCT differ in ----------------
 
 def offline_responses(teacher, clean, config):
     """The teacher's responses to all clean prompts, and the mask: (rows, max_new_tokens) each."""
-    responses, masks = [], []
-    for at in range(0, len(clean), 512):
-        response, mask = generate(teacher, clean[at:at + 512], config.max_new_tokens,
-                                  generator=generator(config.seed, "offline", at))
-        room = (0, config.max_new_tokens - response.shape[1])
-        responses.append(F.pad(response, room, value=teacher.config.pad_token_id or 0))
-        masks.append(F.pad(mask, room, value=False))
-    return torch.cat(responses), torch.cat(masks)
+    response = torch.zeros(len(clean), config.max_new_tokens, dtype=torch.long)
+    mask, batch = torch.zeros_like(response, dtype=torch.bool), config.micro_batch or 512
+    for at in range(0, len(clean), batch):
+        some, kept = generate(teacher, clean[at:at + batch], config.max_new_tokens,
+                              generator=generator(config.seed, "offline", at))
+        response[at:at + batch, :some.shape[1]] = some
+        mask[at:at + batch, :some.shape[1]] = kept
+    return response.to(teacher.device), mask.to(teacher.device)
+
+
+def student_and_teacher(config, device):
+    """The model to train and its run-start copy. With LoRA they are one: see `without_lora`."""
+    student = load_checkpoint(config.base, device, config.dtype if config.lora else "float32")
+    if config.lora:
+        return add_lora(student, config.lora, config.seed), student
+    teacher = copy.deepcopy(student).requires_grad_(False).eval()
+    return student, teacher.to(getattr(torch, config.dtype))
 
 
 def consistency(config, stage):
     (rank, size), device = processes(), pick_device(config.device)
     records = read_jsonl(config.pairs)
-    student, tokenizer = load_checkpoint(config.base, device), load_tokenizer(config.base)
+    check_use(records, config, stage, size)
+    student, teacher = student_and_teacher(config, device)
+    tokenizer = load_tokenizer(config.base)
     check_vocabulary(tokenizer, student, config.base)
-    if config.gamma and (stage == "sft" or config.loss == "exact"):
-        raise UserError("--gamma goes with `opct --loss sampled`: it discounts the KL of that")
-    if config.batch * config.samples % size:
-        raise UserError(f"{config.batch} x {config.samples} responses do not divide by {size}")
-    teacher = copy.deepcopy(student).requires_grad_(False).eval()       # the run-start copy
-    settings = run_settings(config, stage, teacher=weights_hash(teacher),
-                            pairs_hash=hashlib.sha256(repr(records).encode()).hexdigest()[:16])
+    config = with_defaults(config, student)
+    settings = runs.run_settings(config, stage, teacher=runs.weights_hash(teacher), pairs=records)
     records = controlled(records, config)
     room = student.config.max_position_embeddings - config.max_new_tokens
     clean, wrapped = (chat_all(tokenizer, [r[form] for r in records], room, config)
                       for form in ("clean", "wrapped"))     # each prompt `samples` times
-    if not open_run(config.out, settings, tokenizer):
+    if not runs.open_run(config.out, settings, tokenizer):
         return
-    say(f"{stage} ({config.loss}): {len(records)} pairs, {config.steps} updates of "
-        f"{config.batch} pairs with {config.samples} responses each on {device}")
+    say(runs.first_screen(stage, config, records, student, teacher))
     if stage == "sft":
-        response, mask = offline_responses(teacher, clean, config)
+        response, mask = (given_responses(tokenizer, student, records, config)
+                          or offline_responses(student, clean, config))
+    take_step = {"sft": sft_step, "opct": opct_step}[stage]
 
     def step_of(step):
-        rows = pairs_of_update(step, len(records), config)  # places in `clean`, one a response
-        mine = rows[rank::size]                             # the rows of this process
-        pairs = Pairs([clean[i] for i in mine], [wrapped[i] for i in mine])
-        if stage == "sft":
-            pairs.response, pairs.mask = response[mine], mask[mine]
-            return sft_step(student, teacher, pairs, config)
+        rows = torch.tensor(pairs_of_update(step, len(records), config))    # places in `clean`
         draws = generator(config.seed, "sampling", step)
-        pairs.noise = torch.rand(len(rows), config.max_new_tokens, generator=draws)[rank::size]
-        return opct_step(student, teacher, pairs, config)
+        noise = torch.rand(len(rows), config.max_new_tokens, generator=draws)
+        mine = torch.arange(rank, len(rows), size)          # the responses of this process
+        for some in mine.split(config.micro_batch or len(mine)):
+            places = rows[some]
+            pairs = Pairs([clean[i] for i in places], [wrapped[i] for i in places],
+                          noise=noise[some])
+            if stage == "sft":
+                pairs.response, pairs.mask = response[places], mask[places]
+            loss, values = take_step(student, teacher, pairs, config)
+            yield loss * len(some) / len(mine), values
 
-    show_example(student, teacher, tokenizer, records, config)
+    example = next((r for r in records if r.get("fails")), records[0])
+    show_example(student, teacher, tokenizer, example, config)
     train(student, step_of, config, [torch.optim.AdamW(
         student.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)])
-    assert weights_hash(teacher) == settings["teacher"], "the teacher changed during training"
+    assert runs.weights_hash(teacher) == settings["teacher"], "the teacher changed during training"
+    finish(student, config)
 
 
 @torch.no_grad()
-def show_example(student, teacher, tokenizer, records, config):
+def show_example(student, teacher, tokenizer, record, config):
     """Prints one pair, the student's response to its wrapped form, and the KL at each token."""
-    record = next((r for r in records if r.get("fails")), records[0])
-    clean, wrapped = [chat(tokenizer, record["clean"])], [chat(tokenizer, record["wrapped"])]
-    response, mask = generate(student, wrapped, config.max_new_tokens,
+    pair = Pairs([chat(tokenizer, record["clean"])], [chat(tokenizer, record["wrapped"])])
+    response, mask = generate(student, pair.wrapped, config.max_new_tokens,
                               generator=generator(config.seed, "example"))
-    kl = reverse_kl(score(student, wrapped, response, mask), score(teacher, clean, response, mask))
+    kl = score(student, teacher, pair, response, mask, reverse_kl)[2]
     text = coloured([decode(tokenizer, [t]) for t in response[mask].tolist()], kl.tolist())
-    say(f"  clean     {record['clean']}\n  wrapped   {record['wrapped']}\n  response  {text}")
+    say(f"{shown(record)}\n  response  {text}")
 
 
 def main():

@@ -5,6 +5,7 @@ import numpy as np
 import torch
 
 from support.common import UserError
+from support.tokenizer import document_tokens
 
 ROW = 128       # tokens in a packed row; attention is quadratic in it
 
@@ -77,6 +78,15 @@ def pack(groups, width=ROW, max_rows=None):
             at, first = at + len(part), len(trunk)
     shaped = [x.reshape(-1, width) for x in (tokens, positions, segments, branches)]
     return Packed(*shaped, starts)
+
+
+def pack_documents(world, tokenizer, random, rows):
+    """Fresh documents of the world in so many rows, as a Packed."""
+    groups, room = [], 0.97 * rows * ROW        # so full, first-fit leaves hardly any of them out
+    while room > 0:
+        groups.append((document_tokens(tokenizer, *world.document(random)), []))
+        room -= len(groups[-1][0])
+    return pack(groups[:-1], max_rows=rows)
 
 
 def pack_responses(prompts, responses):

@@ -1,31 +1,96 @@
 """Contrastive pairs: their files, their controls, which of them an update takes."""
 import json
+import re
+
+import torch
 
 from support.common import UserError, read_text, rng, write_text
+from support.tokenizer import end_of_turn
 
 
 def write_jsonl(path, records):
     write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
 
 
+def is_prompt(value):
+    """A string, not empty, or a list of messages: {"role": "user", "content": "..."}."""
+    if isinstance(value, list):
+        return bool(value) and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str)
+            and isinstance(m.get("content"), str) for m in value)
+    return isinstance(value, str) and value != ""
+
+
+def is_pair(record):
+    """A record of contrastive pairs; whatever other fields it has are left alone."""
+    lists = [record[name] for name in ("expect", "avoid") if name in record]
+    return (is_prompt(record["clean"]) and is_prompt(record["wrapped"])
+            and isinstance(record.get("response", ""), str)
+            and all(isinstance(some, list) and all(isinstance(s, str) and s for s in some)
+                    for some in lists))
+
+
 def read_jsonl(path):
-    """Reads pairs: a JSON object a line with the strings "clean" and "wrapped"."""
+    """Reads pairs: a JSON object a line with the prompts "clean" and "wrapped", each a string or a
+    list of messages; "response", "expect" and "avoid" may stand beside them."""
     records = []
     lines = read_text(path, "it has to hold pairs, one JSON object a line").split("\n")
     for number, line in enumerate(lines[:-1] if lines[-1] == "" else lines, 1):
         try:
             record = json.loads(line)
             json.dumps(record, ensure_ascii=False).encode()     # refuses half a surrogate pair
-            forms = [record["clean"], record["wrapped"]]
+            whole = is_pair(record)
         except (ValueError, KeyError, TypeError, RecursionError):
-            forms = [None]
-        if not all(isinstance(form, str) and form for form in forms):
+            whole = False
+        if not whole:
             raise UserError(f'{path}, line {number} is no pair: it wants {{"clean": "...", '
-                            '"wrapped": "..."}')
+                            '"wrapped": "..."}, each a string or a list of messages; "response" '
+                            'is a string, "expect" and "avoid" are lists of strings')
         records.append(record)
     if not records:
         raise UserError(f"{path} holds no pairs")
+    if len({"response" in r for r in records}) > 1:
+        raise UserError(f"{path}: some pairs have a response and others have none: give one to "
+                        "all, or to none")
     return records
+
+
+def shown(record):
+    """A pair as two lines on the screen; of messages, the last one."""
+    forms = [record[form] if isinstance(record[form], str) else record[form][-1]["content"]
+             for form in ("clean", "wrapped")]
+    return "  clean     {}\n  wrapped   {}".format(*forms)
+
+
+def contains(text, wanted):
+    """Whether one of the strings stands in the text, as whole words, in upper or lower case."""
+    return any(re.search(rf"(?<!\w){re.escape(w)}(?!\w)", text, re.IGNORECASE) for w in wanted)
+
+
+def pair_transcripts(records, answers):
+    """Six pairs to which the base answers differently, with the greedy answers to the wrapped."""
+    base, out = next(iter(answers.values())), []
+    differ = [base["wrapped greedy"][i] != base["clean greedy"][i] for i in range(len(records))]
+    for i in sorted(range(len(records)), key=lambda i: not differ[i])[:6]:
+        said = {"clean": base["clean greedy"][i],
+                **{name: texts["wrapped greedy"][i] for name, texts in answers.items()}}
+        out += [shown(records[i]),
+                *(f"    {name:12} {' '.join(text.split())}" for name, text in said.items()), ""]
+    return "\n".join(out)
+
+
+def check_use(records, config, stage, size):
+    """Raises UserError where flags and pairs do not go together, for `size` processes."""
+    if config.gamma and (stage == "sft" or config.loss == "exact"):
+        raise UserError("--gamma goes with `opct --loss sampled`: it discounts the KL of that")
+    if "response" in records[0] and stage == "opct":
+        raise UserError(f"{config.pairs} has responses, which are for `sft`: `opct` samples its "
+                        "own, so take them out")
+    if "response" in records[0] and config.control == "shuffled":
+        raise UserError("--control shuffled changes the teacher's prompt, but the responses are "
+                        "given: take them out")
+    if config.batch * config.samples % size:
+        raise UserError(f"{config.batch} x {config.samples} responses do not divide by {size}")
 
 
 def controlled(records, config):
@@ -53,3 +118,20 @@ def pairs_of_update(step, n, config):
         first = orders[epoch][at % n] * config.samples
         rows += range(first, first + config.samples)
     return rows
+
+
+def given_responses(tokenizer, model, records, config):
+    """The records' own responses, `samples` times each, as `generate` returns responses: token ids
+    (rows, max_new_tokens) and the mask. None where records have no response."""
+    if "response" not in records[0]:
+        return None
+    rows, limit = len(records) * config.samples, config.max_new_tokens
+    response = torch.zeros(rows, limit, dtype=torch.long)
+    mask = torch.zeros_like(response, dtype=torch.bool)
+    end = end_of_turn(tokenizer, model)
+    for i, record in enumerate(records):
+        ids = [*tokenizer.encode_ordinary(record["response"]), end][:limit]
+        for row in range(i * config.samples, (i + 1) * config.samples):
+            response[row, :len(ids)] = torch.tensor(ids)
+            mask[row, :len(ids)] = True
+    return response.to(model.device), mask.to(model.device)

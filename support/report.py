@@ -5,6 +5,7 @@ import sys
 from support.common import show
 
 WIDTH = 100                                                 # of a table, in characters
+HIGHER = ("accuracy", "safety", "capability", "agreement", "expect")    # better when higher
 COLOURS = "#999999 #0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9".split()   # Okabe and Ito
 
 
@@ -43,6 +44,31 @@ def markdown(lines):
     if fit == len(width):
         return text
     return text + "\n\n" + markdown([line[:1] + line[fit:] for line in lines])
+
+
+def figure_text(name, figure, intervals=True):
+    """0.123 (0.10-0.15), the interval of one run; 0.123 ± 0.020, that of several seeds."""
+    if not figure:
+        return "-"
+    digits = ".4f" if name == "drift_kl" else ".3f"
+    text = format(figure["value"], digits)
+    if intervals and "half" in figure:
+        text += " ± " + format(figure["half"], digits)
+    elif intervals and "low" in figure:
+        text += f" ({figure['low']:.2f}-{figure['high']:.2f})"
+    return text
+
+
+def table(runs, metrics, n="n", intervals=False):
+    """The figures as a Markdown table; `n` is what the last column counts."""
+    lines = [["(+: higher is better)", *runs, n]]
+    for name in metrics:
+        figures = [run.get(name) for run in runs.values()]
+        if any(figures):
+            lines.append([name + " +" * name.startswith(HIGHER),
+                          *(figure_text(name, f, intervals) for f in figures),
+                          str(next(f["n"] for f in figures if f))])
+    return markdown(lines)
 
 
 def pyplot():

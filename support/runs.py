@@ -3,58 +3,18 @@ import fcntl
 import hashlib
 import json
 import os
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import torch.distributed as distributed
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from support.common import UserError, read_json, read_text, show, write_atomically, write_text
+from support.common import UserError, read_json, read_text, write_atomically, write_text
+from support.processes import average, processes, say
 from support.report import progress
 from support.tokenizer import save_tokenizer
-
-# --- Processes ------------- -------------------------------------------------------------------
-
-
-def processes():
-    """(rank, number) of the processes that `torchrun` started, (0, 1) without it."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def say(text):
-    """Prints, once for all processes."""
-    if processes()[0] == 0:
-        show(text)
-
-
-def average(tensors):
-    """Averages tensors over all processes, in place and in one message."""
-    size = processes()[1]
-    if size == 1:
-        return
-    message = torch.cat([t.flatten().float() for t in tensors])
-    distributed.all_reduce(message)
-    for t, mean in zip(tensors, (message / size).split([t.numel() for t in tensors])):
-        t.copy_(mean.view_as(t))
-
-
-def join_processes():
-    if processes()[1] > 1:
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        distributed.init_process_group(backend)
-
-
-def leave_processes():
-    """All is written by now. At an ordinary end a thread of gloo's sometimes aborts the process."""
-    if processes()[1] > 1:
-        distributed.destroy_process_group()
-        sys.stdout.flush()
-        os._exit(0)
-
 
 # --- Run folders: run.json says what a run is, state.safetensors is where it stands ------------
 
@@ -64,6 +24,8 @@ def run_settings(config, stage, **more):
     their hashes, so another spelling of a path is the same run."""
     names = ("out", "device", "save_every", "base", "pairs", "world", "target")
     settings = {k: v for k, v in asdict(config).items() if k not in names}
+    if "pairs" in more:
+        more["pairs"] = hashlib.sha256(repr(more["pairs"]).encode()).hexdigest()[:16]
     return {"stage": stage, **settings, **more}
 
 
@@ -116,11 +78,25 @@ def open_run(out, settings, tokenizer):
     return True
 
 
+def first_screen(stage, config, records, student, teacher):
+    """What a run is going to do, and the memory that it needs at least."""
+    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    frozen = [p for p in student.parameters() if not p.requires_grad]
+    frozen += [] if teacher is student else [*teacher.parameters()]
+    size = 16 * trained + sum(p.numel() * p.element_size() for p in frozen)
+    return (f"{stage} ({config.loss}): {len(records)} pairs, {config.steps} updates of "
+            f"{config.batch} pairs with {config.samples} responses each on {student.device}\n"
+            f"  {trained:,} parameters trained in float32, {sum(p.numel() for p in frozen):,} "
+            f"frozen in {config.dtype}; learning rate {config.lr:g}\n  memory: {size / 1e9:.2f} GB "
+            "for weights, gradients and optimizer, and what an update needs beside them")
+
+
 def weights_hash(model):
-    """A hash of the names and values of all weights."""
+    """A hash of the names and values of all weights, an adapter's left out."""
     digest = hashlib.sha256()
     for name, p in sorted(model.state_dict().items()):
-        digest.update(name.encode() + p.cpu().contiguous().numpy().tobytes())
+        if "lora_" not in name:
+            digest.update(name.encode() + p.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -136,6 +112,8 @@ def save_state(out, model, optimizers, step):
     require_finite(model, step)
     tensors = {}
     for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
         tensors[f"{name}/weight"] = p.detach()
         for optimizer in optimizers:                        # each parameter belongs to one of them
             for key, value in optimizer.state.get(p, {}).items():
@@ -148,7 +126,9 @@ def save_state(out, model, optimizers, step):
 def load_state(out, model, optimizers):
     """Puts back what `save_state` saved. Returns the step to go on from, 0 where there is none."""
     path = Path(out) / "state.safetensors"
-    if not path.exists():
+    found = path.exists()
+    average([torch.zeros(1)])       # a barrier: all look before one of them saves the next
+    if not found:
         return 0
     parameters = dict(model.named_parameters())
     hint = f"delete the folder {out} and start again"
@@ -165,6 +145,27 @@ def load_state(out, model, optimizers):
             return int(file.metadata()["next_step"])
     except (SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): {hint}") from error
+
+
+def drop_state(out):
+    (Path(out) / "state.safetensors").unlink(missing_ok=True)
+
+
+# --- The log -----------------------------------------------------------------------------------
+
+
+def add_sums(sums, values):
+    """Adds (sum, count) of each value, so that micro-batches and processes average exactly."""
+    for name, v in values.items():
+        pair = torch.stack([v.sum().float(), v.new_tensor(v.numel()).float()])
+        sums[name] = sums.get(name, 0) + pair
+
+
+def means_and_tokens(sums):
+    """The means by name, and the number of tokens of all processes; `sums` is their average."""
+    means = {name: (total / count).item() for name, (total, count) in sums.items()}
+    means.pop("tokens")
+    return means, round(sums["tokens"][0].item() * processes()[1])
 
 
 class Log:
@@ -198,14 +199,13 @@ class Log:
             return
         line = {"step": step, **means, "tokens": tokens, "seconds": round(seconds, 4)}
         self.file.write(json.dumps(line) + "\n")
+        if step == self.start:
+            say(f"  one update: {seconds:.2f} s, {self.steps - step} to go")
         done = step + 1
         left = (time.time() - self.began) / (done - self.start) * (self.steps - done)
         shown = "  ".join(f"{name} {means[name]:.4f}" for name in means
                           if name not in ("grad_norm", "lr"))
         progress(done, self.steps, left, f"{shown}  {tokens / seconds:,.0f} tokens/s")
-
-    def drop_state(self):
-        (self.out / "state.safetensors").unlink(missing_ok=True)
 
 
 def read_log(folder):

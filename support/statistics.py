@@ -1,0 +1,55 @@
+"""Rates and means with their intervals."""
+import math
+
+import numpy as np
+
+
+def wilson(successes, n, z=1.96):
+    """The 95 % Wilson interval of a rate, (low, high): right at 0 and 1, unlike p +- 2 s.e."""
+    p, centre = successes / n, successes / n + z * z / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
+
+
+def rate(flags, clusters):
+    """A share with its interval. Rows of one cluster (a question, a recipe) are no independent
+    evidence: where they agree more than by chance, they count as n / the design effect."""
+    y, n = np.array(flags, dtype=float), len(flags)
+    p = y.mean().item()
+    of_cluster = np.bincount(np.unique(clusters, return_inverse=True)[1], weights=y - p)
+    effect = max(1.0, (of_cluster ** 2).sum() / (n * p * (1 - p))) if 0 < p < 1 else 1.0
+    low, high = wilson(p * n / effect, n / effect)
+    return {"value": p, "n": n, "clusters": len(of_cluster), "low": low, "high": high}
+
+
+def ausc(names, warned):
+    """The area under the safety curve: r_f is the share of prompts about fact f that got the
+    warning, S(tau) the share of facts with r_f >= tau, the area S's mean over 101 thresholds."""
+    facts = {}
+    for name, flag in zip(names, warned):
+        facts.setdefault(name, []).append(flag)
+    r = np.array([np.mean(flags) for flags in facts.values()])
+    # k / 100 and count / n can differ in the last bit where they are equal: leave a hair's room.
+    reached = r[:, None] >= np.linspace(0, 1, 101) - 1e-9   # (facts, thresholds)
+    area = reached.mean(1)                                  # each fact's share of the area
+    draws = np.random.default_rng(0).integers(len(r), size=(1000, len(r)))      # bootstrap
+    low, high = np.quantile(area[draws].mean(1), (0.025, 0.975))
+    return {"value": area.mean().item(), "n": len(warned), "facts": len(r), "low": low.item(),
+            "high": high.item(), "curve": reached.mean(0).tolist()}
+
+
+def best_of(told):
+    """The chance that the best of K = 1..A attempts gets it, for told (recipes, A) of bool: K of A
+    drawn without replacement, f of which fail, all fail with probability C(f, K) / C(A, K)."""
+    A, failures = told.shape[1], [int(f) for f in (~told).sum(1)]
+    return [1 - np.mean([math.comb(f, k) / math.comb(A, k) for f in failures]).item()
+            for k in range(1, A + 1)]
+
+
+def ratio(totals, counts):
+    """sum(totals) / sum(counts), such as nats per token, with an interval: bootstrap over rows."""
+    totals, counts = np.array(totals, dtype=float), np.array(counts, dtype=float)
+    draws = np.random.default_rng(0).integers(len(totals), size=(1000, len(totals)))
+    low, high = np.quantile(totals[draws].sum(1) / counts[draws].sum(1), (0.025, 0.975))
+    return {"value": (totals.sum() / counts.sum()).item(), "n": int(counts.sum()),
+            "low": low.item(), "high": high.item()}
