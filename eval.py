@@ -105,7 +105,7 @@ def respond(model, tokenizer, prompts, seed, temperature=1.0):
         rows = order[at:at + BATCH]
         response, mask = generate(model, [tokens[i] for i in rows], MAX_NEW_TOKENS, temperature,
                                   generator(seed, "respond", at))
-        mask &= response != model.config.eos_token_id
+        mask &= ~torch.isin(response, torch.tensor(model.config.ends, device=model.device))
         for i, ids, keep in zip(rows, response.cpu(), mask.cpu()):
             out[i] = decode(tokenizer, ids[keep].tolist())
     return out
