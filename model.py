@@ -13,17 +13,15 @@ and key head. No dropout: the teacher must be the same function every time.
 B batch, T tokens, S keys, V vocabulary, C hidden size, H query heads, K key/value heads,
 D head size.
 """
-import json
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import save_file
 
-from support.checkpoints import read_checkpoint
-from support.common import UserError, write_atomically, write_text
+from support.checkpoints import llama3_frequency, read_checkpoint, shapes, write_checkpoint
+from support.common import UserError
+from support.lora import Linear
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM",
                  "qwen3": "Qwen3ForCausalLM"}
@@ -47,10 +45,17 @@ class GPTConfig:
     max_position_embeddings: int = 256      # the context: longer inputs are refused
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
+    rope_scaling: dict | None = None        # None, or rope_type llama3 and its numbers
     tie_word_embeddings: bool = True
     bos_token_id: int | None = None
-    eos_token_id: int | None = None         # ends a response
-    pad_token_id: int | None = None         # where pad is eos, masks lose the end token
+    eos_token_id: int | list | None = None  # each of them ends a response
+    pad_token_id: int | None = None         # may be an end token: masks say what is padding
+
+    @property
+    def ends(self):
+        """The ids that end a response: a tuple."""
+        ids = () if self.eos_token_id is None else self.eos_token_id
+        return (ids,) if isinstance(ids, int) else tuple(ids)
 
 
 class KVCache:
@@ -98,10 +103,10 @@ class Attention(nn.Module):
         c, self.layer, self.head_dim = config, layer, config.head_dim
         self.heads, self.kv_heads = c.num_attention_heads, c.num_key_value_heads
         qkv_bias, self.qk_norm = c.model_type == "qwen2", c.model_type == "qwen3"
-        self.q_proj = nn.Linear(c.hidden_size, self.heads * self.head_dim, bias=qkv_bias)
-        self.k_proj = nn.Linear(c.hidden_size, self.kv_heads * self.head_dim, bias=qkv_bias)
-        self.v_proj = nn.Linear(c.hidden_size, self.kv_heads * self.head_dim, bias=qkv_bias)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, c.hidden_size, bias=False)
+        self.q_proj = Linear(c.hidden_size, self.heads * self.head_dim, bias=qkv_bias)
+        self.k_proj = Linear(c.hidden_size, self.kv_heads * self.head_dim, bias=qkv_bias)
+        self.v_proj = Linear(c.hidden_size, self.kv_heads * self.head_dim, bias=qkv_bias)
+        self.o_proj = Linear(self.heads * self.head_dim, c.hidden_size, bias=False)
         if self.qk_norm:
             self.q_norm = nn.RMSNorm(self.head_dim, eps=c.rms_norm_eps)
             self.k_norm = nn.RMSNorm(self.head_dim, eps=c.rms_norm_eps)
@@ -130,9 +135,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -160,23 +165,29 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Block(c, i) for i in range(c.num_hidden_layers))
         self.norm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
-        frequency = c.rope_theta ** (-torch.arange(0, c.head_dim, 2) / c.head_dim)
-        angle = torch.arange(c.max_position_embeddings)[:, None] * frequency    # (context, D/2)
-        cos = torch.cat((angle.cos(), angle.cos()), 1)                          # (context, D)
-        sin = torch.cat((-angle.sin(), angle.sin()), 1)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        exponent = -torch.arange(0, c.head_dim, 2, device="cpu") / c.head_dim
+        frequency = llama3_frequency(c.rope_theta ** exponent, c.rope_scaling)  # (D/2,)
+        self.register_buffer("frequency", frequency, persistent=False)
+
+    def _apply(self, fn, recurse=True):
+        """Keeps the frequencies in float32 in `model.to(dtype)`: positions multiply their error."""
+        frequency = self.frequency
+        super()._apply(fn, recurse)
+        self.frequency = frequency.to(self.norm.weight.device)
+        return self
 
     def forward(self, idx, positions=None, mask=None, cache=None):
-        B, T = idx.shape
+        T = idx.shape[1]
         start = cache.length if cache is not None else 0
         if positions is None:
             if start + T > self.config.max_position_embeddings:
                 raise ValueError(f"{start + T} tokens do not fit into the context of "
                                  f"{self.config.max_position_embeddings}")
-            positions = torch.arange(start, start + T, device=idx.device).expand(B, T)
+            positions = torch.arange(start, start + T, device=idx.device)[None]
         x = self.embed_tokens(idx)                                              # (B, T, C)
-        rope = self.cos[positions].unsqueeze(2), self.sin[positions].unsqueeze(2)
+        angle = positions[:, :, None, None] * self.frequency                    # (B, T, 1, D/2)
+        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        rope = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)            # (B, T, 1, D)
         # Over a cache the T new tokens see all that is filled and are causal among themselves.
         if mask is None and cache is not None:
             mask = torch.ones(T, start + T, dtype=torch.bool, device=idx.device).tril(start)
@@ -196,6 +207,7 @@ class GPT(nn.Module):
         if config.model_type not in ARCHITECTURES:
             raise ValueError(f"model_type {config.model_type!r} is none of {[*ARCHITECTURES]}")
         self.config = config
+        self.origin = None                  # of a checkpoint from elsewhere: what else it held
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.apply(self._init)
@@ -241,6 +253,7 @@ def sample(logits, temperature, noise):
     """
     if temperature == 0:
         return logits.argmax(-1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))    # sums need the digits
     cdf = (logits / temperature).softmax(-1).cumsum_(-1)
     # Rounding may leave the last value under 1. Scaled to it, no noise falls off the end.
     token = torch.searchsorted(cdf, noise[:, None] * cdf[:, -1:], right=True).squeeze(1)
@@ -340,20 +353,20 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None, no
     if noise is None:
         noise = torch.rand(len(prompts), max_new_tokens, generator=generator)
     config, every = model.config, CHECK_EVERY.get(model.device.type, 1)
-    end = -1 if config.eos_token_id is None else config.eos_token_id    # -1: nothing ends it
-    response = torch.full((len(prompts), max_new_tokens), end, device=model.device)
+    ends = torch.tensor(config.ends or (-1,), device=model.device)      # -1: nothing ends it
+    response = ends[0].repeat(len(prompts), max_new_tokens)
     with torch.inference_mode():        # as no_grad, but a single row takes a sixth less time
         batch, logits = prefill(model, prompts, noise)
         for t in range(max_new_tokens):
             batch.token = sample(logits, temperature, batch.noise[:, t])
-            batch.ended = batch.ended | (batch.token == end)
+            batch.ended = batch.ended | torch.isin(batch.token, ends)
             response[batch.rows, t] = batch.token
             if (t + 1) % every == 0:
                 drop_ended(batch)
             if t + 1 == max_new_tokens or len(batch.rows) == 0:
                 break
             logits = decode(model, batch)
-    is_end = response[:, :t + 1] == end
+    is_end = torch.isin(response[:, :t + 1], ends)
     mask = is_end.cumsum(1) - is_end.long() == 0                        # no end before this token
     return response[:, :t + 1].masked_fill(~mask, config.pad_token_id or 0), mask
 
@@ -361,31 +374,30 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None, no
 # --- Checkpoints: a folder with config.json and model.safetensors, and the tokenizer's files ----
 
 def save_checkpoint(model, folder):
-    """Writes the config first and the weights last: where they are, the checkpoint is whole."""
-    folder, config = Path(folder), model.config
-    stored = {"architectures": [ARCHITECTURES[config.model_type]], "hidden_act": "silu",
-              "dtype": "float32", **asdict(config)}
-    write_text(folder / "config.json", json.dumps(stored, indent=2) + "\n")
-    weights = {name: t.contiguous() for name, t in model.state_dict().items()}
+    """Writes config.json and model.safetensors. A checkpoint that was loaded keeps its dtypes and
+    the fields of its config that this model does not know."""
+    config = model.config
+    ours = {"architectures": [ARCHITECTURES[config.model_type]], "hidden_act": "silu",
+            "dtype": "float32", **asdict(config)}
+    weights = model.state_dict()
     if config.tie_word_embeddings:
         del weights["lm_head.weight"]                       # the same tensor as the embedding
-    write_atomically(folder / "model.safetensors",
-                     lambda path: save_file(weights, path, metadata={"format": "pt"}))
+    write_checkpoint(folder, ours, weights, model.origin)
 
 
-def load_checkpoint(folder, device="cpu"):
-    """A checkpoint as a GPT, float32, in eval mode. UserError: missing, damaged or other kind."""
-    stored, weights = read_checkpoint(folder, ARCHITECTURES)
+def load_checkpoint(folder, device="cpu", dtype="float32"):
+    """A checkpoint as a GPT in eval mode. Memory holds one copy of the weights, in `dtype`.
+
+    Raises UserError: the folder is missing, damaged or of a kind that is not computed here.
+    """
+    stored, weights, origin = read_checkpoint(folder, ARCHITECTURES, device, dtype)
     config = GPTConfig(**{f.name: stored[f.name] for f in fields(GPTConfig) if f.name in stored})
-    if config.tie_word_embeddings and "model.embed_tokens.weight" in weights:
-        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    layers = {name.split(".")[2] for name in weights if name.startswith("model.layers.")}
-    expected = {}
-    if len(layers) == config.num_hidden_layers:
-        with torch.device("meta"):                          # shapes alone, before memory is taken
-            expected = {name: t.shape for name, t in GPT(config).state_dict().items()}
-    if expected != {name: t.shape for name, t in weights.items()}:
+    with torch.device("meta"):                              # shapes alone, no memory
+        model = GPT(config)
+    if shapes(model.state_dict()) != shapes(weights):
         raise UserError(f"{folder}: weights and config.json do not belong together")
-    model = GPT(config)
-    model.load_state_dict(weights)
+    model.load_state_dict(weights, assign=True)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    model.origin = origin
     return model.to(device).eval()

@@ -1,86 +1,223 @@
-"""Reads a checkpoint's folder: config.json and model.safetensors, ours or Hugging Face's."""
+"""The folder of a checkpoint, ours or Hugging Face's: config.json and the files of weights."""
+import json
 import math
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
-from support.common import UserError, read_json
+from support.common import UserError, read_json, write_atomically, write_text
 
 COUNTS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
           "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
-def read_checkpoint(folder, families):
-    """The config, with the defaults of Hugging Face filled in, and the weights: name -> tensor.
+# --- Reading -----------------------------------------------------------------------------------
 
+
+def read_checkpoint(folder, families, device, dtype):
+    """Reads a folder, its weights straight into a dtype.
+
+    Returns the config with Hugging Face's defaults filled in, the weights (name -> tensor), and
+    the origin that `write_checkpoint` takes: config.json as it is, the dtype of each weight.
     Raises UserError: the folder is missing, damaged, or of a kind that is not computed here.
     """
-    folder = Path(folder)
-    for name in ("config.json", "model.safetensors"):
+    folder, hint = Path(folder), f"{folder} is damaged, get or make it again"
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is no finished checkpoint: it has no config.json")
+    original = read_json(folder / "config.json", hint)
+    generation = {}
+    if (folder / "generation_config.json").is_file():
+        generation = read_json(folder / "generation_config.json", hint)
+    files = files_of_weights(folder, hint)
+    refuse_other_kinds(folder, original, families)
+    try:
+        config = filled(original, generation)
+        weights, dtypes = read_weights(files, device, getattr(torch, dtype))
+    except (SafetensorError, ValueError, TypeError, ZeroDivisionError, KeyError) as error:
+        raise UserError(f"{folder} is damaged: {error}") from error
+    tie(config, weights)
+    layers = {name.split(".")[2] for name in weights if name.startswith("model.layers.")}
+    if len(layers) != config["num_hidden_layers"]:          # or a million of them would be built
+        raise UserError(f"{folder}: weights and config.json do not belong together")
+    return config, weights, {"config": original, "dtypes": dtypes}
+
+
+def files_of_weights(folder, hint):
+    """model.safetensors, or the shards that model.safetensors.index.json lists."""
+    names = ["model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if not (folder / names[0]).is_file() and index.is_file():
+        listed = read_json(index, hint).get("weight_map")
+        names = sorted(set(map(str, listed.values()))) if isinstance(listed, dict) else []
+        if not names or any(Path(name).name != name for name in names):
+            raise UserError(f"{index} lists no files of weights: {hint}")
+    for name in names:
         if not (folder / name).is_file():
             raise UserError(f"{folder} is no finished checkpoint: it has no {name}")
-    config = read_json(folder / "config.json", f"{folder} is damaged, get or make it again")
-    try:
-        open(folder / "model.safetensors", "rb").close()    # or the system's word is lost
-        weights = load_file(folder / "model.safetensors")
-    except (SafetensorError, ValueError) as error:
-        raise UserError(f"{folder} is damaged: {error}") from error
-    # Old files carry the rotary frequencies, which follow from the config.
-    weights = {name: t for name, t in weights.items() if not name.endswith("rotary_emb.inv_freq")}
-    refuse_other_kinds(folder, config, families)
-    try:
-        return filled(config, weights), weights
-    except (ValueError, TypeError, ZeroDivisionError, KeyError) as error:
-        raise UserError(f"{folder} is damaged: {error}") from error
+    return [folder / name for name in names]
+
+
+def read_weights(files, device, dtype):
+    """The weights in a dtype, and the dtype in which each is stored: name -> tensor, -> dtype."""
+    weights, dtypes = {}, {}
+    for path in files:
+        open(path, "rb").close()                            # or the system's word is lost
+        with safe_open(path, "pt") as file:
+            for name in file.keys():
+                if name.endswith("rotary_emb.inv_freq"):    # in old files; the config says it
+                    continue
+                stored = file.get_tensor(name)
+                if stored.dtype not in DTYPES:
+                    raise UserError(f"{path}: {name} is {stored.dtype}, not computed here")
+                weights[name], dtypes[name] = stored.to(device, dtype, copy=True), stored.dtype
+    return weights, dtypes
+
+
+def shapes(weights):
+    return {name: t.shape for name, t in weights.items()}
 
 
 def refuse_other_kinds(folder, config, families):
     """What would change the function silently is refused: a wrong number is worse than none."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    rope_type = "default"
-    if isinstance(rope, dict):
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
+    def refuse(name, value):
+        raise UserError(f"{folder}: {name} = {value!r} is not computed here")
+
+    rope = rope_of(config)
     if config.get("model_type") not in list(families):
-        raise UserError(f"{folder}: model_type = {config.get('model_type')!r} is not computed here")
+        refuse("model_type", config.get("model_type"))
     if config.get("hidden_act", "silu") != "silu":
-        raise UserError(f"{folder}: hidden_act = {config['hidden_act']!r} is not computed here")
-    if rope_type != "default":
-        raise UserError(f"{folder}: rope_type = {rope_type!r} is not computed here")
-    if isinstance(config.get("eos_token_id"), list):
-        raise UserError(f"{folder}: eos_token_id = {config['eos_token_id']} is not computed here")
-    for name in ("attention_bias", "mlp_bias", "use_sliding_window"):
+        refuse("hidden_act", config["hidden_act"])
+    if rope.get("rope_type") not in ("default", "llama3"):
+        refuse("rope_type", rope.get("rope_type"))
+    if rope.get("partial_rotary_factor") not in (None, 1):
+        refuse("partial_rotary_factor", rope["partial_rotary_factor"])
+    for name in ("attention_bias", "mlp_bias", "quantization_config"):
         if config.get(name):
-            raise UserError(f"{folder}: {name} = {config[name]} is not computed here")
+            refuse(name, config[name])
+    if has_sliding_window(config):
+        refuse("sliding_window", config.get("sliding_window"))
 
 
-def filled(config, weights):
-    """The config with defaults and checks. Raises ValueError: a value makes no sense."""
-    config = dict(config)
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+def has_sliding_window(config):
+    """Qwen's configs name a window even where it is off."""
+    if config.get("layer_types"):
+        return set(map(str, config["layer_types"])) != {"full_attention"}
+    # As in transformers: the first `max_window_layers` layers have none.
+    first, layers = config.get("max_window_layers", 28), config.get("num_hidden_layers")
+    everywhere_full = isinstance(first, int) and isinstance(layers, int) and first >= layers
+    return bool(config.get("use_sliding_window") and config.get("sliding_window", 4096)
+                and not everywhere_full)
+
+
+def rope_of(config):
+    """How the rotary positions are computed: `rope_parameters` holds all of it since transformers
+    5, before that `rope_scaling` held all but `rope_theta`."""
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(rope, dict):
-        raise ValueError(f"rope_parameters = {rope!r}")
-    config["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+        rope = {"rope_type": rope}
+    outer = {name: config[name] for name in ("rope_theta", "partial_rotary_factor")
+             if config.get(name) is not None}
+    if any(isinstance(value, dict) for value in rope.values()):     # one for each kind of layer
+        rope = {"rope_type": rope}
+    return {"rope_theta": 10000.0, "rope_type": rope.get("type", "default"), **outer, **rope}
+
+
+def filled(original, generation):
+    """The config with defaults and checks. Raises ValueError: a value makes no sense."""
+    config, rope = dict(original), rope_of(original)
     config.setdefault("rms_norm_eps", 1e-6)
-    config.setdefault("num_key_value_heads", config["num_attention_heads"])
+    config["rope_theta"], config["rope_scaling"] = rope["rope_theta"], None
+    if config.get("num_key_value_heads") is None:
+        config["num_key_value_heads"] = config["num_attention_heads"]
     if not config.get("head_dim"):
         config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
     for name in COUNTS:
         if type(config[name]) is not int or not 0 < config[name] < 2**24:
             raise ValueError(f"{name} = {config[name]!r}")
     for name in ("rms_norm_eps", "rope_theta"):
-        if type(config[name]) not in (int, float) or not 0 < config[name] < math.inf:
-            raise ValueError(f"{name} = {config[name]!r}")
-    for name in ("eos_token_id", "pad_token_id", "bos_token_id"):
-        if config.get(name) is not None and type(config[name]) is not int:
-            raise ValueError(f"{name} = {config[name]!r}")
+        require_positive(name, config[name])
     if config["head_dim"] % 2 or config["num_attention_heads"] % config["num_key_value_heads"]:
         raise ValueError("the sizes of its heads do not divide")
-    # As in transformers: an output layer that is stored and differs is not tied, whatever is said.
-    tied = bool(config.get("tie_word_embeddings", "lm_head.weight" not in weights))
-    head, embedding = weights.get("lm_head.weight"), weights.get("model.embed_tokens.weight")
-    if tied and head is not None and embedding is not None:
-        tied = torch.equal(head, embedding)
-    config["tie_word_embeddings"] = tied
+    if rope["rope_type"] == "llama3":
+        rope.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
+        for name in LLAMA3:
+            require_positive(name, rope.get(name))
+        if rope["low_freq_factor"] >= rope["high_freq_factor"]:
+            raise ValueError("low_freq_factor is not below high_freq_factor")
+        config["rope_scaling"] = {"rope_type": "llama3", **{name: rope[name] for name in LLAMA3}}
+    ends = dict.fromkeys(ids_of(config, "eos_token_id") + ids_of(generation, "eos_token_id"))
+    config["eos_token_id"] = list(ends) if len(ends) > 1 else next(iter(ends), None)
+    pads = [i for i in ids_of(config, "pad_token_id") if 0 <= i < config["vocab_size"]]
+    config["pad_token_id"] = pads[0] if pads else None      # old files have -1
+    ids_of(config, "bos_token_id")
     return config
+
+
+def require_positive(name, value):
+    if type(value) not in (int, float) or not 0 < value < 1e30:
+        raise ValueError(f"{name} = {value!r}")
+
+
+def ids_of(config, name):
+    """The token ids of a field that holds one, several or none: a list."""
+    value = config.get(name)
+    ids = value if isinstance(value, list) else [value]
+    ids = [i for i in ids if i is not None]
+    if any(type(i) is not int or not -2**24 < i < 2**24 for i in ids):
+        raise ValueError(f"{name} = {value!r}")
+    return ids
+
+
+def tie(config, weights):
+    """Settles whether output layer and embedding are one tensor, which a file may hold once.
+
+    As in transformers: an output layer that is stored and differs is not tied, whatever is said.
+    """
+    tied = bool(config.get("tie_word_embeddings", HEAD not in weights))
+    if tied and HEAD in weights and EMBEDDING in weights:
+        tied = torch.equal(weights[HEAD], weights[EMBEDDING])
+    if tied:
+        for one, other in ((HEAD, EMBEDDING), (EMBEDDING, HEAD)):
+            if one in weights:
+                weights[other] = weights[one]
+    config["tie_word_embeddings"] = tied
+
+
+def llama3_frequency(frequency, scaling):
+    """The rotary frequencies (D/2,) of Llama 3.1 and later; the same ones where scaling is None.
+
+    The slow ones, which turn less than `low_freq_factor` times in the context of the first
+    training, are slowed down by `factor`; the fast ones are kept; those between are in between.
+    """
+    if scaling is None:
+        return frequency
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequency * (kept + (1 - kept) / scaling["factor"])
+
+
+# --- Writing -----------------------------------------------------------------------------------
+
+
+def write_checkpoint(folder, config, weights, origin):
+    """Writes the config first and the weights last: where they are, the checkpoint is whole.
+
+    With the origin of a checkpoint that was read, its config and dtypes are kept. Only the fields
+    in which several files or tensors have their say are written as they were settled.
+    """
+    folder, dtypes = Path(folder), {}
+    if any(".lora_" in name for name in weights):
+        raise ValueError("call merge_lora before a checkpoint is saved")
+    if origin is not None:
+        settled = {name: config[name] for name in ("eos_token_id", "tie_word_embeddings")}
+        config, dtypes = {**origin["config"], **settled}, origin["dtypes"]
+    weights = {name: t.to(dtypes.get(name, t.dtype)).contiguous() for name, t in weights.items()}
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    write_atomically(folder / "model.safetensors",
+                     lambda path: save_file(weights, path, metadata={"format": "pt"}))
