@@ -35,10 +35,10 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from data import load_world
-from model import (GPT, GPTConfig, add_lora, generate, load_checkpoint, merge_lora, save_checkpoint,
-                   without_lora)
+from model import GPT, GPTConfig, generate, load_checkpoint, save_checkpoint
 from support import runs
 from support.common import Parser, UserError, add_flags, generator, guarded, pick_device, rng
+from support.lora import add_lora, merge_lora, without_lora
 from support.packing import ROW, pack_documents, pack_responses
 from support.pairs import (check_use, controlled, given_responses, pairs_of_update, read_jsonl,
                            shown)
@@ -162,13 +162,9 @@ def score(student, teacher, pairs, response, mask, divergence):
 def response_states(model, prompts, response, mask):
     """The hidden state that predicts each response token: (N, C), N = mask.sum()."""
     responses = [ids[keep].tolist() for ids, keep in zip(response.cpu(), mask.cpu())]
-    packed, where = pack_responses(prompts, responses)
-    return hidden_states(model, packed)[torch.tensor(where, device=model.device)]
-
-
-def hidden_states(model, packed):
-    """The last hidden states of R packed rows of W tokens, flattened: (R * W, C)."""
-    return model.model(*packed.inputs(model.device)).flatten(0, 1)
+    packed, where = pack_responses(prompts, responses)      # R rows of W tokens
+    hidden = model.model(*packed.inputs(model.device)).flatten(0, 1)                # (R * W, C)
+    return hidden[torch.tensor(where, device=model.device)]
 
 
 def log_probabilities(model, hidden):
@@ -269,7 +265,7 @@ def pretrain(config):
         packed = pack_documents(world, tokenizer, random, config.rows)
         mine = packed.rows(slice(rank, None, size))         # the rows of this process
         target = mine.next_tokens().flatten().to(device)
-        logits = model.lm_head(hidden_states(model, mine))                          # (R * W, V)
+        logits = model(*mine.inputs(device)).flatten(0, 1)                          # (R * W, V)
         total = F.cross_entropy(logits, target, reduction="sum", ignore_index=-1)
         scale = size / (packed.next_tokens() >= 0).sum()    # the processes' mean is then per token
         yield total * scale, {"tokens": (target >= 0).sum()}
@@ -290,11 +286,11 @@ def offline_responses(teacher, clean, config):
     """The teacher's responses to all clean prompts, and the mask: (rows, max_new_tokens) each."""
     response = torch.zeros(len(clean), config.max_new_tokens, dtype=torch.long)
     mask, batch = torch.zeros_like(response, dtype=torch.bool), config.micro_batch or 512
+    noise = torch.rand(response.shape, generator=generator(config.seed, "offline"))
     for at in range(0, len(clean), batch):
-        some, kept = generate(teacher, clean[at:at + batch], config.max_new_tokens,
-                              generator=generator(config.seed, "offline", at))
-        response[at:at + batch, :some.shape[1]] = some
-        mask[at:at + batch, :some.shape[1]] = kept
+        rows = slice(at, at + batch)
+        some, kept = generate(teacher, clean[rows], config.max_new_tokens, noise=noise[rows])
+        response[rows, :some.shape[1]], mask[rows, :some.shape[1]] = some, kept
     return response.to(teacher.device), mask.to(teacher.device)
 
 
@@ -302,7 +298,8 @@ def student_and_teacher(config, device):
     """The model to train and its run-start copy. With LoRA they are one: see `without_lora`."""
     student = load_checkpoint(config.base, device, config.dtype if config.lora else "float32")
     if config.lora:
-        return add_lora(student, config.lora, config.seed), student
+        add_lora(student, config.lora, config.seed)
+        return student, student
     teacher = copy.deepcopy(student).requires_grad_(False).eval()
     return student, teacher.to(getattr(torch, config.dtype))
 

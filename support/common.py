@@ -67,7 +67,7 @@ def show(text, end="\n"):
 # What a value may be, by the name of its flag or field; other whole numbers are counts from 1.
 RANGES = {"lr": (0, 1e38, "above 0"), "clip": (0, 1e38, "above 0"), "gamma": (-1e-9, 1, "0 to 1"),
           "kl": (-1e-9, 1e38, "0 or more"), "temperature": (-1e-9, 1e38, "0 or more"),
-          "seed": (-1, 2**63 - 1, "from 0 to 2**63 - 1")}
+          "lora": (-1, 4096, "0 to 4096"), "seed": (-1, 2**63 - 1, "from 0 to 2**63 - 1")}
 
 
 def checked(name, value, kind):

@@ -157,7 +157,7 @@ def drop_state(out):
 def add_sums(sums, values):
     """Adds (sum, count) of each value, so that micro-batches and processes average exactly."""
     for name, v in values.items():
-        pair = torch.stack([v.sum().float(), v.new_tensor(v.numel()).float()])
+        pair = torch.stack([v.sum().float(), torch.ones_like(v, dtype=torch.float32).sum()])
         sums[name] = sums.get(name, 0) + pair
 
 

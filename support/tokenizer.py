@@ -82,3 +82,8 @@ def check_vocabulary(tokenizer, model, folder):
     if tokenizer.n_vocab > model.config.vocab_size:
         raise UserError(f"{folder}: its tokenizer has {tokenizer.n_vocab} tokens, its weights only "
                         f"{model.config.vocab_size}: the two do not belong together")
+
+
+def end_of_turn(tokenizer, model):
+    """The id of the token that ends a response."""
+    return model.config.ends[0]

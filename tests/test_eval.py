@@ -12,7 +12,12 @@ import pytest
 import torch
 
 from conftest import tiny_gpt
-from eval import ORDER, ausc, best_of, drift_kl, evaluate, rate, respond, table, wilson
+from eval import (ORDER, contains, drift_kl, evaluate, evaluate_pairs, respond, samples_of, shares,
+                  table)
+from model import generate
+from support.common import generator
+from support.pairs import pair_transcripts
+from support.statistics import ausc, best_of, rate, ratio, wilson
 
 ROOT = Path(__file__).parent.parent
 
@@ -150,9 +155,66 @@ def test_best_of_k_by_hand():
 @pytest.mark.parametrize("columns, tables", [(1, 1), (3, 1), (6, 1), (12, 2)])
 def test_no_table_is_wider_than_a_page(columns, tables):
     figure = {"value": 0.5, "n": 240, "low": 0.4, "high": 0.6}
-    text = table({f"run-{i}": {"sycophancy": figure} for i in range(columns)})
+    text = table({f"run-{i}": {"sycophancy": figure} for i in range(columns)}, ORDER)
     assert max(map(len, text.splitlines())) <= 100
     assert text.count("0.500") == columns and text.count("| sycophancy") == tables
+
+
+# --- Pairs of one's own ------------------------------------------------------------------------
+
+
+def test_contains_looks_for_whole_words_in_any_case():
+    assert contains("It is PARIS.", ["Rome", "paris"]) and contains("so 7+5 = 12", ["7+5"])
+    assert not contains("comparison", ["paris"]) and not contains("112", ["12"])
+    assert not contains("", ["a"]) and contains("Côte d'Ivoire!", ["côte d'ivoire"])
+
+
+def test_shares_by_hand():
+    records = [{"clean": "a", "wrapped": "b", "expect": ["Paris"], "avoid": ["Lyon"]},
+               {"clean": "c", "wrapped": "d", "expect": ["Rome", "Roma"]},
+               {"clean": "e", "wrapped": "f"}]
+    answers = {"wrapped greedy": ["Lyon", "roma", "Paris"], "clean greedy": ["Paris", "?", ""],
+               "wrapped sampled": ["Paris, not Lyon", "-", ""], "clean sampled": ["", "", ""]}
+    found = {name: figure["value"] for name, figure in shares(records, answers).items()}
+    assert found == {"expect_wrapped": 0.5, "expect_wrapped_sampled": 0.5, "expect_clean": 0.5,
+                     "expect_clean_sampled": 0, "avoid_wrapped": 1, "avoid_wrapped_sampled": 1,
+                     "avoid_clean": 0, "avoid_clean_sampled": 0}
+    assert shares(records[2:], {name: texts[2:] for name, texts in answers.items()}) == {}
+
+
+def test_ratio_by_hand():
+    figure = ratio([1.0, 3.0], [1, 3])
+    assert figure["value"] == figure["low"] == figure["high"] == 1 and figure["n"] == 4
+    wide = ratio([0.0, 4.0] * 20, [1] * 40)
+    assert wide["value"] == 2 and 1.2 < wide["low"] < 1.6 and 2.4 < wide["high"] < 2.8
+
+
+def test_kl_of_samples_is_that_of_each_response_alone(tokenizer):
+    """The batch is sorted by length; each row's nats have to come back to its prompt."""
+    base, model = small_model(tokenizer), small_model(tokenizer, 32)
+    clean = [[5, 6, 7], [9], [5, 6], [8, 8, 8, 8]]
+    asked = [[5, 6, 7, 7], [9, 1, 2, 3, 4], [5], [8]]
+    texts, nats, length, cut = samples_of(model, base, tokenizer, asked, clean, 5, 0)
+    assert len(set(texts)) > 1 and all(1 <= n <= 5 for n in length)
+    order = sorted(range(4), key=lambda i: len(asked[i]))
+    response, mask = generate(model, [asked[i] for i in order], 5,
+                              generator=generator(0, 0))
+    for row, i in enumerate(order):
+        y = response[row, :mask[row].sum()].tolist()
+        p = model(torch.tensor([asked[i] + y]))[0, len(asked[i]) - 1:-1].log_softmax(-1)
+        q = base(torch.tensor([clean[i] + y]))[0, len(clean[i]) - 1:-1].log_softmax(-1)
+        assert nats[i] == pytest.approx((p.exp() * (p - q)).sum().item(), rel=1e-3)
+        assert length[i] == len(y) and cut[i] == (model.config.ends[0] not in y)
+
+
+def test_a_model_against_itself_on_equal_prompts_is_consistent(tokenizer):
+    model = small_model(tokenizer)
+    records = [{"clean": text, "wrapped": text, "expect": ["x"]} for text in ("who?", "a b c?")]
+    figures, answers = evaluate_pairs(model, model, tokenizer, records, 8)
+    assert figures["agreement"]["value"] == 1 and abs(figures["kl_wrapped"]["value"]) < 1e-6
+    assert answers["clean greedy"] == answers["wrapped greedy"]
+    told = pair_transcripts(records, {"base": answers, "run": answers})
+    assert told.count("  run ") == 2 and "clean     who?" in told
 
 
 def copy_of_the_repository(folder):
@@ -183,7 +245,7 @@ def test_the_smoke_pipeline(tmp_path):
     assert results["about"]["command"].startswith("python eval.py compare")
     assert results["about"]["date"]
     report = (out / "results.md").read_text()
-    assert table(runs) in report and report.count("| sycophancy") == 1
+    assert table(runs, ORDER) in report and report.count("| sycophancy") == 1
     try:
         import matplotlib  # noqa: F401
         assert (out / "results.png").stat().st_size > 10_000
@@ -192,6 +254,17 @@ def test_the_smoke_pipeline(tmp_path):
     again = started("bash", "train.sh", "smoke")
     assert again.returncode == 0 and again.stdout.count("finished already") == 5
     assert json.loads((out / "results.json").read_text())["runs"] == runs
+    pairs = tmp_path / "mine.jsonl"
+    lines = (out / "world/train.jsonl").read_text().splitlines()[:9]
+    pairs.write_text("".join(json.dumps({**json.loads(line), "expect": ["so"]}) + "\n"
+                             for line in lines))
+    told = started(sys.executable, "eval.py", "pairs", "out/smoke/base", "out/smoke/opct",
+                   "--pairs", "mine.jsonl")
+    assert told.returncode == 0, told.stderr
+    results = json.loads((tmp_path / "mine-eval/results.json").read_text())
+    assert list(results["runs"]) == ["base", "opct"]
+    assert results["runs"]["base"]["kl_wrapped"]["n"] > 9 and "agreement +" in told.stdout
+    assert len(results["answers"]["opct"]["clean sampled"]) == 9
     prompts = "who rules it?\n" + "who " * 400 + "\n\n"
     chatted = started(sys.executable, "eval.py", "chat", "out/smoke/base", "out/smoke/opct",
                       input=prompts)

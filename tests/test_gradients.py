@@ -14,8 +14,9 @@ import torch
 
 from conftest import tiny_gpt
 from model import generate
-from opct import (ConsistencyConfig, Pairs, advantage, cross_entropy, forward_kl, opct_step, pick,
-                  policy_gradient, reverse_kl, score, sft_step)
+from opct import (ConsistencyConfig, Pairs, advantage, cross_entropy, forward_kl,
+                  log_probabilities, opct_step, pick, policy_gradient, response_states, reverse_kl,
+                  sft_step)
 
 torch.manual_seed(0)
 THETA = torch.randn(5, dtype=torch.float64)
@@ -163,6 +164,11 @@ LIMIT, END = 3, 4
 WRAPPED, CLEAN = [0, 1, 2, 1], [0, 1]
 
 
+def logp_of(model, prompts, response, mask):
+    """log pi(. | prompt, y<t) at each response token: (N, V)."""
+    return log_probabilities(model, response_states(model, prompts, response, mask))
+
+
 @pytest.fixture(scope="module")
 def models():
     student = tiny_gpt(vocab=6)                             # tokens 0..3, end token 4, padding 5
@@ -183,8 +189,8 @@ def everything(models):
     response = torch.tensor([list(y) + [5] * (LIMIT - len(y)) for y in rows])
     mask = torch.tensor([[True] * len(y) + [False] * (LIMIT - len(y)) for y in rows])
     student, teacher = models
-    p = score(student, [WRAPPED] * len(rows), response, mask)
-    q = score(teacher, [CLEAN] * len(rows), response, mask)
+    p = logp_of(student, [WRAPPED] * len(rows), response, mask)
+    q = logp_of(teacher, [CLEAN] * len(rows), response, mask)
     return mask, p, q, pick(p, response[mask]), pick(q, response[mask])
 
 
@@ -295,10 +301,27 @@ def test_prompt_and_padding_do_not_count_and_the_end_token_does_once(models):
     inside the mean."""
     student, _ = models
     response, mask = torch.tensor([[1, END, 5, 5]]), torch.tensor([[True, True, False, False]])
-    logp = score(student, [WRAPPED], response, mask)
+    logp = logp_of(student, [WRAPPED], response, mask)
     assert logp.shape == (2, 6)                             # the token 1 and the end token
     other = torch.tensor([[1, END, 3, 0]])                  # whatever stands in the padding
-    assert torch.equal(score(student, [WRAPPED], other, mask), logp)
+    assert torch.equal(logp_of(student, [WRAPPED], other, mask), logp)
     alone = student(torch.tensor([WRAPPED + [1]]))[0, -2:].log_softmax(-1)
     assert torch.allclose(logp, alone, rtol=1e-12, atol=1e-12)
     assert torch.allclose(pick(logp, response[mask])[1], alone[1, END])
+
+
+@pytest.mark.parametrize("step, loss", STEPS)
+def test_in_pieces_the_loss_and_its_gradient_are_the_same(models, step, loss, monkeypatch):
+    """The pieces are computed again in the backward pass; four of them make no difference."""
+    student, teacher = models
+    response = torch.tensor([[1, 2, END], [3, END, 5], [0, 1, 2]])
+    mask = torch.tensor([[True] * 3, [True, True, False], [True] * 3])
+    noise = torch.rand(3, 3, generator=torch.Generator().manual_seed(3))
+    pairs = Pairs([CLEAN] * 3, [WRAPPED] * 3, response, mask, noise)
+    config, found = ConsistencyConfig(loss=loss, max_new_tokens=3), []
+    for size in (10**6, 6 * 2):                             # two tokens of a vocabulary of 6
+        monkeypatch.setattr("opct.PIECE", size)
+        value, values = step(student, teacher, pairs, config)
+        found.append((value, gradients(student, value), values["kl_exact"]))
+    for one, other in zip(*found):
+        assert torch.allclose(one, other, rtol=1e-12, atol=1e-14)

@@ -267,7 +267,7 @@ def test_weights_that_are_no_numbers_are_never_saved(tmp_path):
 
     def step_of(step):
         loss = model(torch.tensor([[0, 1, 2]])).pow(2).mean()
-        return loss, {"tokens": torch.tensor(3)}
+        yield loss, {"tokens": torch.tensor(3)}
 
     config = PretrainConfig(out=str(tmp_path), steps=1)
     with pytest.raises(UserError, match="not finite"):

@@ -12,7 +12,7 @@ import torch
 
 from conftest import run_here, tiny_gpt
 from model import load_checkpoint, save_checkpoint
-from opct import ConsistencyConfig, PretrainConfig, learning_rate, train
+from opct import ConsistencyConfig, PretrainConfig, finish, learning_rate, train
 from support.runs import load_state, save_state, weights_hash
 
 ROOT = Path(__file__).parent.parent
@@ -68,10 +68,11 @@ def test_one_batch_can_be_overfitted(tmp_path):
         # Two rows may begin with the same three tokens, which leaves open what follows them.
         logits = model(idx[:, :-1])[:, 3:].flatten(0, 1)
         losses.append(torch.nn.functional.cross_entropy(logits, idx[:, 4:].flatten()))
-        return losses[-1], {"tokens": torch.tensor(idx.numel())}
+        yield losses[-1], {"tokens": torch.tensor(idx.numel())}
 
     config = PretrainConfig(out=str(tmp_path), steps=400, lr=1e-2)
     train(model, loss_of, config, [torch.optim.AdamW(model.parameters(), weight_decay=0.0)])
+    finish(model, config)
     assert losses[0] > 1.5 and losses[-1] < 0.05
     assert load_checkpoint(tmp_path)(idx).allclose(model(idx))
 
@@ -92,11 +93,83 @@ def test_every_arm_trains_and_logs(home, name):
     assert done.returncode == 0, done.stderr
     log = read_log(out)
     assert [line["step"] for line in log] == list(range(6))
-    assert set(log[0]) == {"step", "loss", "grad_norm", "lr", "kl_exact", "tokens", "seconds"}
+    assert set(log[0]) == {"step", "loss", "grad_norm", "lr", "kl_exact", "tokens", "seconds",
+                           "length", "cut"}
     base, trained = load_checkpoint(home / "base"), load_checkpoint(out)
     assert weights_hash(base) != weights_hash(trained)
     assert json.loads((out / "run.json").read_text())["teacher"] == weights_hash(base)
     assert "clean " in done.stdout and "wrapped " in done.stdout and "response " in done.stdout
+
+
+def weights(folder):
+    return load_checkpoint(folder).state_dict()
+
+
+@pytest.mark.parametrize("name", ["sft --loss sampled", "opct --loss exact"])
+def test_micro_batches_take_the_same_step(home, name, tmp_path):
+    """Eight responses at once, or 3 + 3 + 2: the same weights but for rounding, the same log."""
+    for folder, more in (("whole", []), ("parts", ["--micro-batch", 3])):
+        args = [*stage(home, name), *more, "--out", tmp_path / folder, "--lr", "1e-3"]
+        assert run_here(*args).returncode == 0
+    before, whole, parts = (weights(f) for f in (home / "base", tmp_path / "whole",
+                                                 tmp_path / "parts"))
+    # By length: AdamW makes full steps also where a gradient is nothing but rounding.
+    moved = sum((whole[n] - before[n]).pow(2).sum() for n in whole).sqrt()
+    apart = sum((whole[n] - parts[n]).pow(2).sum() for n in whole).sqrt()
+    assert apart < 1e-3 * moved
+    for one, other in zip(read_log(tmp_path / "whole"), read_log(tmp_path / "parts")):
+        assert one["tokens"] == other["tokens"] and one["cut"] == pytest.approx(other["cut"])
+        for field in ("loss", "kl_exact", "grad_norm", "length"):
+            assert one[field] == pytest.approx(other[field], rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sft --loss exact", "opct --loss sampled", "opct --loss exact"])
+def test_lora_trains_an_adapter_and_saves_a_plain_checkpoint(home, name, tmp_path):
+    out = tmp_path / "lora"
+    done = run_here(*stage(home, name), "--lora", 4, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert read_log(out)[0]["kl_exact"] < 10 and "frozen in float32" in done.stdout
+    before, after = weights(home / "base"), weights(out)
+    moved = {n for n in before if not torch.equal(before[n], after[n])}
+    assert before.keys() == after.keys()
+    assert moved == {n for n in before if n.endswith("_proj.weight")}
+    assert json.loads((out / "run.json").read_text())["teacher"] == weights_hash(
+        load_checkpoint(home / "base")), "the frozen part is the run-start copy"
+
+
+def test_a_frozen_part_in_bfloat16(home, tmp_path):
+    """The teacher alone, or under --lora the base: the student's own numbers stay near."""
+    log = {}
+    for dtype in ("float32", "bfloat16"):
+        for lora in (0, 4):
+            out = tmp_path / f"{dtype}-{lora}"
+            done = run_here(*stage(home, "opct"), "--dtype", dtype, "--lora", lora, "--out", out)
+            assert done.returncode == 0, done.stderr
+            log[dtype, lora] = read_log(out)[0]["kl_exact"]
+    for lora in (0, 4):
+        assert log["bfloat16", lora] != log["float32", lora]
+        assert log["bfloat16", lora] == pytest.approx(log["float32", lora], rel=0.2)
+
+
+def test_sft_on_responses_that_the_pairs_hold(home, tmp_path):
+    """They become certain; `opct` refuses them, and so does a file in which some have none."""
+    pairs = [json.loads(line) for line in (home / "world/train.jsonl").read_text().splitlines()]
+    given = [{"clean": p["clean"], "wrapped": p["wrapped"], "response": "5 5."} for p in pairs]
+    path = tmp_path / "given.jsonl"
+    path.write_text("".join(json.dumps(p) + "\n" for p in given))
+    args = ["--base", home / "base", "--pairs", path, "--steps", 60, "--batch", 4, "--samples",
+            1, "--max-new-tokens", 16, "--lr", "1e-2"]
+    done = run_here("opct.py", "sft", "--loss", "sampled", *args, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    log = read_log(tmp_path / "run")
+    assert log[-1]["loss"] < 0.2 < log[0]["loss"]
+    assert {line["length"] for line in log} == {4.0}        # 5, 5, the full stop, the end
+    refused = run_here("opct.py", "opct", *args, "--out", tmp_path / "no")
+    assert refused.returncode == 2 and "which are for `sft`" in refused.stderr
+    del given[0]["response"]
+    path.write_text("".join(json.dumps(p) + "\n" for p in given))
+    refused = run_here("opct.py", "sft", *args, "--out", tmp_path / "no")
+    assert refused.returncode == 2 and "give one to all, or to none" in refused.stderr
 
 
 # --- Killing and resuming ----------------------------------------------------------------------

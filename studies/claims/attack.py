@@ -23,7 +23,7 @@ import torch
 from data import judge, load_world
 from eval import MAX_NEW_TOKENS, best_of, rate, respond, same_world
 from model import generate, load_checkpoint
-from opct import pick, policy_gradient, reverse_kl, score, train
+from opct import Pairs, finish, policy_gradient, reverse_kl, score, train
 from support.common import (Parser, UserError, add_flags, flag, generator, guarded, pick_device,
                             read_json, show, write_text)
 from support.runs import open_run, processes, run_settings
@@ -91,11 +91,7 @@ def attack_step(attacker, start, tokenizer, names, told, config, step):
     spread = groups.std(1, keepdim=True) + 1e-4
     advantage = (groups - groups.mean(1, keepdim=True)) / spread
     advantage = advantage.view(-1, 1).expand_as(mask)[mask]                     # one for each token
-    logp = score(attacker, wanted, response, mask)                              # (tokens, V)
-    with torch.no_grad():
-        logp_start = score(start, wanted, response, mask)                       # (tokens, V)
-    own = pick(logp, response[mask])                                            # (tokens,)
-    kl = reverse_kl(logp, logp_start)                                           # (tokens,)
+    own, _, kl = score(attacker, start, Pairs(wanted, wanted), response, mask, reverse_kl)
     loss = policy_gradient(own, own.detach(), advantage) + config.kl * kl
     means = {"kl_exact": kl.detach(), "success": reward, "tokens": mask.sum()}
     return loss.sum() / len(names), means
@@ -108,9 +104,10 @@ def train_attacker(attacker, tokenizer, names, told, config):
                                   fused=True)
 
     def step_of(step):
-        return attack_step(attacker, start, tokenizer, names, told, config, step)
+        yield attack_step(attacker, start, tokenizer, names, told, config, step)
 
     train(attacker, step_of, config, [optimizer])
+    finish(attacker, config)
 
 
 def try_attacker(attacker, tokenizer, names, told, config):

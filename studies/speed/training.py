@@ -29,11 +29,11 @@ import torch.nn.functional as F
 
 from data import World, world_tokenizer
 from model import GPT, GPTConfig, generate, load_checkpoint
-from opct import (ConsistencyConfig, Pairs, PretrainConfig, forward_kl, hidden_states, opct_step,
-                  pretrain, pretraining_batch, reverse_kl, score)
+from opct import (ConsistencyConfig, Pairs, PretrainConfig, forward_kl, opct_step, pretrain,
+                  reverse_kl, score)
 from studies.speed.sampler import best, machine_rates, matrix_weights, timed
 from support.common import UserError, generator, rng, write_text
-from support.packing import pack_responses
+from support.packing import pack_documents, pack_responses
 from support.tokenizer import chat, save_tokenizer
 
 FIXED_LENGTH = 24           # of the responses of a model that knows nothing
@@ -50,8 +50,8 @@ class Update:
         self.clean, self.wrapped = clean, wrapped
         self.kl = reverse_kl if arm == "opct-exact" else forward_kl
         self.optimizer = torch.optim.AdamW(student.parameters(), lr=0.0, fused=True)
-        self.parts = {"teacher": self.score_teacher, "student forward": self.score_student,
-                      "backward": self.backward, "optimizer": self.optimize}
+        self.parts = {"scoring": self.score, "backward": self.backward,
+                      "optimizer": self.optimize}
         if arm == "opct-exact":
             self.parts = {"sampling": self.sample, **self.parts}
         else:                                               # sampled once, before training
@@ -65,13 +65,10 @@ class Update:
         self.response, self.mask = generate(self.student, self.wrapped, self.limit,
                                             generator=generator("sampling"))
 
-    @torch.no_grad()
-    def score_teacher(self):
-        self.logp_teacher = score(self.teacher, self.clean, self.response, self.mask)
-
-    def score_student(self):
-        logp_student = score(self.student, self.wrapped, self.response, self.mask)
-        self.loss = self.kl(logp_student, self.logp_teacher).sum() / len(self.wrapped)
+    def score(self):
+        _, _, kl = score(self.student, self.teacher, Pairs(self.clean, self.wrapped),
+                         self.response, self.mask, self.kl)
+        self.loss = kl.sum() / len(self.wrapped)
 
     def backward(self):
         self.loss.backward()
@@ -142,11 +139,11 @@ def time_pretraining(world, tokenizer, preset, rates, device):
     """Tokens a second of a step, and the share of the matrix rate that its matrices reach."""
     config = GPTConfig(vocab_size=tokenizer.n_vocab, **preset.shape)
     model = GPT(config).to(device)
-    packed = pretraining_batch(world, tokenizer, rng("documents"), preset.rows)
+    packed = pack_documents(world, tokenizer, rng("documents"), preset.rows)
     target = packed.next_tokens().flatten().to(device)
 
     def step():
-        logits = model.lm_head(hidden_states(model, packed))
+        logits = model(*packed.inputs(device)).flatten(0, 1)
         F.cross_entropy(logits, target, ignore_index=-1).backward()
         model.zero_grad()
 
