@@ -35,6 +35,7 @@ KINDS = {
                       {"max_shard_size": "30KB"}),
 }
 IDX = torch.randint(0, 110, (3, 90), generator=torch.Generator().manual_seed(0))
+SHORT = IDX[:, :40] % 11        # for the tiny model of the other tests
 
 
 def theirs(folder, dtype=torch.float32):
@@ -74,7 +75,7 @@ def test_logits_and_greedy_answers_are_those_of_transformers(kind, dtype, tmp_pa
     response, mask = generate(model, IDX[:, :20].tolist(), 30, temperature=0)
     for row, keep, prompt in zip(response, mask, IDX[:, :20]):
         whole = reference.generate(prompt[None], max_new_tokens=30, do_sample=False,
-                                   pad_token_id=0)[0]
+                                   attention_mask=torch.ones(1, 20))[0]
         assert row[keep].tolist() == whole[20:].tolist()
     save_checkpoint(model, tmp_path / "ours")
     again = theirs(tmp_path / "ours")
@@ -119,7 +120,7 @@ def test_bfloat16_is_as_close_to_float32_as_that_of_transformers(kind, tmp_path)
 def test_the_frequencies_of_llama_3_are_those_of_transformers():
     rope = pytest.importorskip("transformers.modeling_rope_utils")
     transformers = pytest.importorskip("transformers")
-    for original, factor in ((8192, 8.0), (8192, 32.0), (64, 3.0)):
+    for original, factor in ((8192, 8.0), (8192, 32.0), (1024, 3.0)):
         scaling = {**LLAMA3, "factor": factor, "original_max_position_embeddings": original}
         config = transformers.LlamaConfig(head_dim=128, rope_parameters=scaling)
         expected = rope.ROPE_INIT_FUNCTIONS["llama3"](config)[0]
@@ -152,7 +153,7 @@ def in_shards(folder):
 def test_shards_are_read_and_a_missing_one_is_named(tmp_path):
     model = tiny_gpt(vocab=11, dtype=torch.float32)
     in_shards(stored(tmp_path, model))
-    assert torch.equal(load_checkpoint(tmp_path)(IDX % 11), model(IDX % 11))
+    assert torch.equal(load_checkpoint(tmp_path)(SHORT), model(SHORT))
     index = tmp_path / "model.safetensors.index.json"
     whole = index.read_text()
     for damaged in ("{", "{}", '{"weight_map": {"a": "../other/model.safetensors"}}'):
@@ -187,7 +188,7 @@ def test_an_embedding_that_is_stored_as_the_output_layer_alone_is_found(tmp_path
     weights = load_file(stored(tmp_path, model) / "model.safetensors")
     weights["lm_head.weight"] = weights.pop("model.embed_tokens.weight")
     save_file(weights, tmp_path / "model.safetensors")
-    assert torch.equal(load_checkpoint(tmp_path)(IDX % 11), model(IDX % 11))
+    assert torch.equal(load_checkpoint(tmp_path)(SHORT), model(SHORT))
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -233,8 +234,8 @@ def test_weights_of_a_quantised_file_are_refused_by_name(tmp_path):
     {"attention_dropout": 0.1, "quantization_config": None, "pretraining_tp": 2}])
 def test_what_changes_nothing_is_no_reason_to_refuse(changes, tmp_path):
     model = tiny_gpt(vocab=11, dtype=torch.float32)
-    found = load_checkpoint(stored(tmp_path, model, **changes))(IDX % 11)
-    assert torch.equal(found, model(IDX % 11))
+    found = load_checkpoint(stored(tmp_path, model, **changes))(SHORT)
+    assert torch.equal(found, model(SHORT))
 
 
 # --- End tokens ------------------------------------------------------------------------------
@@ -301,7 +302,7 @@ def test_the_frequencies_stay_float32_in_any_dtype_and_a_long_context_costs_noth
         assert model.model.frequency.dtype == torch.float32
         assert sum(b.numel() for b in model.buffers()) == 4
     # Only distances count: far out, the angles are rounded to 2^-7.
-    model, idx = tiny_gpt(vocab=11, max_position_embeddings=131072), IDX[:, :30] % 11
+    model, idx = tiny_gpt(vocab=11, max_position_embeddings=131072), SHORT[:, :30]
     near = model(idx)
     far = model(idx, torch.arange(100_000, 100_030)[None])
     assert (far - near).abs().max() < 0.05 * near.std()
@@ -326,6 +327,7 @@ def field(name):
     return next(int(line.split()[1]) for line in open("/proc/self/status")
                 if line.startswith(name)) / 1024
 
+load_checkpoint({tiny!r})       # PyTorch imports some 60 MB of code at a first call
 before = field("VmHWM")
 model = load_checkpoint({folder!r}, dtype={dtype!r})
 print(field("VmHWM") - before)
@@ -333,15 +335,15 @@ print(field("VmHWM") - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
-@pytest.mark.parametrize("dtype, megabytes", [("bfloat16", 48), ("float32", 96)])
-def test_loading_takes_the_memory_of_one_copy(dtype, megabytes, tmp_path):
-    """48 MB of bfloat16 in three shards; while a shard is read, its file is mapped as well."""
+@pytest.mark.parametrize("dtype, size", [("bfloat16", 53), ("float32", 105)])
+def test_loading_takes_the_memory_of_one_copy(dtype, size, tmp_path):
+    """53 MB of bfloat16 in three shards; while a shard is read, its file is mapped as well."""
     model = GPT(GPTConfig(vocab_size=16, hidden_size=1024, intermediate_size=4096,
                           num_hidden_layers=2, num_attention_heads=16, num_key_value_heads=2))
     save_checkpoint(model.bfloat16(), tmp_path)
     in_shards(tmp_path)
-    size = sum(p.numel() for p in model.parameters()) * (2 if dtype == "bfloat16" else 4) / 2**20
-    code = PEAK.format(root=str(ROOT), folder=str(tmp_path), dtype=dtype)
+    tiny = str(stored(tmp_path / "tiny"))
+    code = PEAK.format(root=str(ROOT), tiny=tiny, folder=str(tmp_path), dtype=dtype)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert 0.9 * size < float(done.stdout) < size + 30, (size, done.stdout)
+    assert 0.9 * size < float(done.stdout) < size + 25      # MB
