@@ -8,7 +8,8 @@ RMSNorm (1910.07467), rotary positions (2104.09864), SwiGLU (2002.05202), groupe
 (2305.13245). Config fields, modules and tensors have the names of Hugging Face's
 `LlamaForCausalLM`: `transformers` opens a checkpoint of ours as it is, and `load_checkpoint` one
 of theirs. Qwen2 adds a bias to the query, key and value projections, Qwen3 a norm to each query
-and key head. No dropout: the teacher must be the same function every time.
+and key head. Llama 3.1 and later scale the rotary frequencies. `Linear` is a linear layer that may
+have a LoRA adapter. No dropout: the teacher must be the same function every time.
 
 B batch, T tokens, S keys, V vocabulary, C hidden size, H query heads, K key/value heads,
 D head size.

@@ -12,6 +12,7 @@ from support.common import UserError, read_json, write_atomically, write_text
 COUNTS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
           "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+WINDOW = 4096           # Qwen's default
 DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -34,8 +35,8 @@ def read_checkpoint(folder, families, device, dtype):
     if (folder / "generation_config.json").is_file():
         generation = read_json(folder / "generation_config.json", hint)
     files = files_of_weights(folder, hint)
-    refuse_other_kinds(folder, original, families)
     try:
+        refuse_other_kinds(folder, original, families)
         config = filled(original, generation)
         weights, dtypes = read_weights(files, device, getattr(torch, dtype))
     except (SafetensorError, ValueError, TypeError, ZeroDivisionError, KeyError) as error:
@@ -66,7 +67,7 @@ def read_weights(files, device, dtype):
     """The weights in a dtype, and the dtype in which each is stored: name -> tensor, -> dtype."""
     weights, dtypes = {}, {}
     for path in files:
-        open(path, "rb").close()                            # or the system's word is lost
+        open(path, "rb").close()        # the system's own error says more than safetensors'
         with safe_open(path, "pt") as file:
             for name in file.keys():
                 if name.endswith("rotary_emb.inv_freq"):    # in old files; the config says it
@@ -100,18 +101,17 @@ def refuse_other_kinds(folder, config, families):
         if config.get(name):
             refuse(name, config[name])
     if has_sliding_window(config):
-        refuse("sliding_window", config.get("sliding_window"))
+        refuse("sliding_window", config.get("sliding_window", WINDOW))
 
 
 def has_sliding_window(config):
     """Qwen's configs name a window even where it is off."""
     if config.get("layer_types"):
         return set(map(str, config["layer_types"])) != {"full_attention"}
-    # As in transformers: the first `max_window_layers` layers have none.
-    first, layers = config.get("max_window_layers", 28), config.get("num_hidden_layers")
-    everywhere_full = isinstance(first, int) and isinstance(layers, int) and first >= layers
-    return bool(config.get("use_sliding_window") and config.get("sliding_window", 4096)
-                and not everywhere_full)
+    if not (config.get("use_sliding_window") and config.get("sliding_window", WINDOW)):
+        return False
+    # As in transformers: the layers from this one on have the window.
+    return config.get("max_window_layers", 28) < config["num_hidden_layers"]
 
 
 def rope_of(config):

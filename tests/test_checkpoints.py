@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import tiny_gpt
-from model import GPT, GPTConfig, generate, load_checkpoint, save_checkpoint
+from model import (GPT, GPTConfig, KVCache, generate, load_checkpoint, sample,
+                   save_checkpoint)
 from support.checkpoints import llama3_frequency
 from support.common import UserError
 
@@ -35,6 +36,7 @@ KINDS = {
                       {"max_shard_size": "30KB"}),
 }
 IDX = torch.randint(0, 110, (3, 90), generator=torch.Generator().manual_seed(0))
+SHORT = IDX[:, :40] % 11        # for the tiny model of the other tests
 
 
 def theirs(folder, dtype=torch.float32):
@@ -74,7 +76,7 @@ def test_logits_and_greedy_answers_are_those_of_transformers(kind, dtype, tmp_pa
     response, mask = generate(model, IDX[:, :20].tolist(), 30, temperature=0)
     for row, keep, prompt in zip(response, mask, IDX[:, :20]):
         whole = reference.generate(prompt[None], max_new_tokens=30, do_sample=False,
-                                   pad_token_id=0)[0]
+                                   attention_mask=torch.ones(1, 20))[0]
         assert row[keep].tolist() == whole[20:].tolist()
     save_checkpoint(model, tmp_path / "ours")
     again = theirs(tmp_path / "ours")
@@ -102,15 +104,18 @@ def test_configs_of_transformers_4_are_read_as_those_of_5(tmp_path):
 
 @pytest.mark.parametrize("kind", ["llama 3", "qwen2", "qwen3"])
 def test_bfloat16_is_as_close_to_float32_as_that_of_transformers(kind, tmp_path):
-    """Each rounds in its own order, so logits agree as far as bfloat16 allows: about 1 % of their
-    size. Rounded frequencies, or a norm in bfloat16, give several times that."""
+    """Each rounds in its own order: both are off by 2 to 4 % of the logits' standard deviation."""
     folder = made_by_transformers(kind, tmp_path)
     exact = theirs(folder)(IDX).logits
-    their_error = (theirs(folder, torch.bfloat16)(IDX).logits.float() - exact).std() / exact.std()
     model = load_checkpoint(folder, dtype="bfloat16")
     assert all(p.dtype == torch.bfloat16 for p in model.parameters())
-    our_error = (model(IDX).float() - exact).std() / exact.std()
-    assert our_error < 1.3 * their_error < 0.1
+    cache = KVCache(model.config, 3, 90, like=model.lm_head.weight)
+    with torch.no_grad():
+        cached = torch.cat([model(part, cache=cache) for part in IDX.split(50, 1)], 1)
+    expected = (theirs(folder, torch.bfloat16)(IDX).logits - exact).std()
+    assert 0.01 * exact.std() < expected < 0.04 * exact.std()
+    for logits in (model(IDX), cached):
+        assert (logits - exact).std() < 1.1 * expected
     save_checkpoint(model, tmp_path / "again")              # in the dtype of the file, float32
     assert {t.dtype for t in load_file(tmp_path / "again/model.safetensors").values()} == {
         torch.float32}
@@ -119,7 +124,7 @@ def test_bfloat16_is_as_close_to_float32_as_that_of_transformers(kind, tmp_path)
 def test_the_frequencies_of_llama_3_are_those_of_transformers():
     rope = pytest.importorskip("transformers.modeling_rope_utils")
     transformers = pytest.importorskip("transformers")
-    for original, factor in ((8192, 8.0), (8192, 32.0), (64, 3.0)):
+    for original, factor in ((8192, 8.0), (8192, 32.0), (1024, 3.0)):
         scaling = {**LLAMA3, "factor": factor, "original_max_position_embeddings": original}
         config = transformers.LlamaConfig(head_dim=128, rope_parameters=scaling)
         expected = rope.ROPE_INIT_FUNCTIONS["llama3"](config)[0]
@@ -152,7 +157,7 @@ def in_shards(folder):
 def test_shards_are_read_and_a_missing_one_is_named(tmp_path):
     model = tiny_gpt(vocab=11, dtype=torch.float32)
     in_shards(stored(tmp_path, model))
-    assert torch.equal(load_checkpoint(tmp_path)(IDX % 11), model(IDX % 11))
+    assert torch.equal(load_checkpoint(tmp_path)(SHORT), model(SHORT))
     index = tmp_path / "model.safetensors.index.json"
     whole = index.read_text()
     for damaged in ("{", "{}", '{"weight_map": {"a": "../other/model.safetensors"}}'):
@@ -187,7 +192,7 @@ def test_an_embedding_that_is_stored_as_the_output_layer_alone_is_found(tmp_path
     weights = load_file(stored(tmp_path, model) / "model.safetensors")
     weights["lm_head.weight"] = weights.pop("model.embed_tokens.weight")
     save_file(weights, tmp_path / "model.safetensors")
-    assert torch.equal(load_checkpoint(tmp_path)(IDX % 11), model(IDX % 11))
+    assert torch.equal(load_checkpoint(tmp_path)(SHORT), model(SHORT))
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -198,7 +203,7 @@ def test_an_embedding_that_is_stored_as_the_output_layer_alone_is_found(tmp_path
     ({"rope_scaling": {"rope_type": "llama3"}}, "factor = None"),
     ({"rope_scaling": {**LLAMA3, "factor": "8"}}, "factor = '8'"),
     ({"rope_scaling": {**LLAMA3, "low_freq_factor": 4.0}}, "low_freq_factor"),
-    ({"use_sliding_window": True, "max_window_layers": 1}, "sliding_window = None"),
+    ({"use_sliding_window": True, "max_window_layers": 1}, "sliding_window = 4096"),
     ({"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1},
      "sliding_window = 32"),
     ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_window"),
@@ -208,9 +213,6 @@ def test_an_embedding_that_is_stored_as_the_output_layer_alone_is_found(tmp_path
     ({"eos_token_id": [2.0]}, "eos_token_id"),
     ({"eos_token_id": True}, "eos_token_id")])
 def test_what_is_not_computed_is_refused_by_name(changes, message, tmp_path):
-    if changes.get("use_sliding_window") and "sliding_window" not in changes:
-        changes = {**changes, "sliding_window": 4096}
-        message = "sliding_window = 4096"
     with pytest.raises(UserError, match=message):
         load_checkpoint(stored(tmp_path, **changes))
 
@@ -233,8 +235,8 @@ def test_weights_of_a_quantised_file_are_refused_by_name(tmp_path):
     {"attention_dropout": 0.1, "quantization_config": None, "pretraining_tp": 2}])
 def test_what_changes_nothing_is_no_reason_to_refuse(changes, tmp_path):
     model = tiny_gpt(vocab=11, dtype=torch.float32)
-    found = load_checkpoint(stored(tmp_path, model, **changes))(IDX % 11)
-    assert torch.equal(found, model(IDX % 11))
+    found = load_checkpoint(stored(tmp_path, model, **changes))(SHORT)
+    assert torch.equal(found, model(SHORT))
 
 
 # --- End tokens ------------------------------------------------------------------------------
@@ -301,7 +303,7 @@ def test_the_frequencies_stay_float32_in_any_dtype_and_a_long_context_costs_noth
         assert model.model.frequency.dtype == torch.float32
         assert sum(b.numel() for b in model.buffers()) == 4
     # Only distances count: far out, the angles are rounded to 2^-7.
-    model, idx = tiny_gpt(vocab=11, max_position_embeddings=131072), IDX[:, :30] % 11
+    model, idx = tiny_gpt(vocab=11, max_position_embeddings=131072), SHORT[:, :30]
     near = model(idx)
     far = model(idx, torch.arange(100_000, 100_030)[None])
     assert (far - near).abs().max() < 0.05 * near.std()
@@ -310,7 +312,6 @@ def test_the_frequencies_stay_float32_in_any_dtype_and_a_long_context_costs_noth
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sampling_from_half_precision_draws_from_the_softmax(dtype):
     """Summed in bfloat16 the distribution stops growing after some hundred of 5,000 tokens."""
-    from model import sample
     logits = torch.zeros(1, 5000, dtype=dtype)
     noise = (torch.arange(1000) + 0.5) / 1000
     drawn = sample(logits.expand(1000, -1), 1.0, noise)
@@ -326,6 +327,7 @@ def field(name):
     return next(int(line.split()[1]) for line in open("/proc/self/status")
                 if line.startswith(name)) / 1024
 
+load_checkpoint({tiny!r})       # PyTorch imports some 60 MB of code at a first call
 before = field("VmHWM")
 model = load_checkpoint({folder!r}, dtype={dtype!r})
 print(field("VmHWM") - before)
@@ -333,15 +335,15 @@ print(field("VmHWM") - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
-@pytest.mark.parametrize("dtype, megabytes", [("bfloat16", 48), ("float32", 96)])
-def test_loading_takes_the_memory_of_one_copy(dtype, megabytes, tmp_path):
-    """48 MB of bfloat16 in three shards; while a shard is read, its file is mapped as well."""
+@pytest.mark.parametrize("dtype, size", [("bfloat16", 53), ("float32", 105)])
+def test_loading_takes_the_memory_of_one_copy(dtype, size, tmp_path):
+    """53 MB of bfloat16 in three shards; while a shard is read, its file is mapped as well."""
     model = GPT(GPTConfig(vocab_size=16, hidden_size=1024, intermediate_size=4096,
                           num_hidden_layers=2, num_attention_heads=16, num_key_value_heads=2))
     save_checkpoint(model.bfloat16(), tmp_path)
     in_shards(tmp_path)
-    size = sum(p.numel() for p in model.parameters()) * (2 if dtype == "bfloat16" else 4) / 2**20
-    code = PEAK.format(root=str(ROOT), folder=str(tmp_path), dtype=dtype)
+    tiny = str(stored(tmp_path / "tiny"))
+    code = PEAK.format(root=str(ROOT), tiny=tiny, folder=str(tmp_path), dtype=dtype)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert 0.9 * size < float(done.stdout) < size + 30, (size, done.stdout)
+    assert 0.9 * size < float(done.stdout) < size + 25      # MB
