@@ -49,14 +49,15 @@ class Tokenizer:
         self.names, self.template, self.files = names, None, {}
         self.nfc = is_nfc(stored.get("normalizer"))
         self.steps = steps_of(stored.get("pre_tokenizer"))
-        self.added = {t["content"]: t["id"] for t in listed}
+        self.added = {t["content"]: t["id"] for t in listed if t["content"]}
         marked = {*CHATML, *names.values()}                 # special whatever their flag says
         self.special = [t["content"] for t in listed if t["special"] or t["content"] in marked]
         self.tags = [t for t in self.added if t in self.special or TAG.fullmatch(t)]
         self.every = any_of(self.added)
         self.ordinary = any_of(set(self.added) - set(self.special))
-        vocabulary = {token: i for token, i in model["vocab"].items() if token not in self.added}
-        tokens = {as_bytes(token): i for token, i in vocabulary.items()}
+        written = {token: as_bytes(token) for token in model["vocab"]}
+        tokens = {written[token]: i for token, i in model["vocab"].items()
+                  if token not in self.tags}
         self.bytes_of = {i: token for token, i in tokens.items()}
         self.bytes_of.update({i: token.encode() for token, i in self.added.items()})
         self.n_vocab = max(self.bytes_of) + 1
@@ -64,14 +65,15 @@ class Tokenizer:
         # `ignore_merges`: a piece that is in the vocabulary is one token, even one of no merge.
         self.whole = tokens if model.get("ignore_merges") else {}
         merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-        merges = [pair for pair in merges if "".join(pair) not in self.added]
-        ranks = ranks_of(tokens, vocabulary, merges)
+        merges = [(written[left], written[right]) for left, right in merges
+                  if left + right not in self.tags]
+        ranks = ranks_of(tokens, merges)
         self.bpe = tiktoken.Encoding("tokenizer.json", pat_str=GPT2, mergeable_ranks=ranks,
                                      special_tokens={})
 
     def encode_ordinary(self, text):
-        """The ids of a text. Special tokens in it are text; added ones that are not special (blanks
-        in a row, <think>) are tokens, as everywhere else."""
+        """The ids of a text. Special tokens in it are plain text. Added tokens that are not special
+        (a run of blanks, <think>) are tokens, as in transformers."""
         return self.split(self.ordinary, text, {})
 
     def encode(self, text, stand_ins):
@@ -119,9 +121,10 @@ def any_of(tokens):
 
 def as_bytes(token):
     """The bytes of a token as the file writes it. What is not written in bytes is text."""
-    if all(c in BYTE_OF for c in token):
-        return bytes(BYTE_OF[c] for c in token)
-    return token.encode()
+    try:
+        return bytes(map(BYTE_OF.__getitem__, token))
+    except KeyError:
+        return token.encode()
 
 
 def refuse_other_kinds(model, added):
@@ -206,7 +209,7 @@ def step_of(stored):
 # --- Merges ----------------------------------------------------------------------------------
 
 
-def ranks_of(tokens, vocabulary, merges):
+def ranks_of(tokens, merges):
     """The tokens that merging can reach, bytes -> id, for tiktoken.
 
     The file lists pairs in the order of their merging. tiktoken knows tokens only and merges the
@@ -217,15 +220,14 @@ def ranks_of(tokens, vocabulary, merges):
     ranks = {token: i for token, i in tokens.items() if len(token) == 1}
     halves, last = {}, -1                                   # halves: token -> the pair it is from
     for left, right in merges:
-        rank = vocabulary[left + right]
+        token, rank = left + right, tokens[left + right]
         if rank < last:
             raise ValueError("its ids are not in the order of its merges (first at "
-                             f"{left + right!r}), so that tiktoken would merge in another order")
-        last, left, right = rank, as_bytes(left), as_bytes(right)
-        reached = left in ranks and right in ranks and left + right not in ranks
-        if reached and meet(left, right, rank, ranks, halves):
-            ranks[left + right] = rank
-            halves[left + right] = left, right
+                             f"{token!r}), so that tiktoken would merge in another order")
+        last = rank
+        if token not in ranks and left in ranks and right in ranks:
+            if meet(left, right, rank, ranks, halves):
+                ranks[token], halves[token] = rank, (left, right)
     return ranks
 
 

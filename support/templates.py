@@ -26,12 +26,11 @@ def templated(tokenizer, messages):
         for token in [token for token in tokens if token in text]:
             character = next(free)
             text, stand_ins[ord(character)] = text.replace(token, character), token
-        # Nor may half a token at an end become a whole one by what the template puts beside it.
-        firsts, seconds = halves(tuple(tokens))
-        if text.endswith(firsts):
-            text += border
-        if text.startswith(seconds):
-            text = border + text
+        # Nor may a part of a token become a whole one by what the template puts beside it.
+        core, (firsts, seconds) = text.strip(), halves(tuple(tokens))
+        inside = any(core in token for token in tokens)
+        if core and (core.endswith(firsts) or core.startswith(seconds) or inside):
+            text = text.replace(core, border + core + border)
         safe.append({**message, "content": text})
     stand_ins[ord(border)] = ""
     return tokenizer.encode(render(tokenizer, safe), stand_ins)
