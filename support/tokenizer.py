@@ -1,16 +1,19 @@
-"""Text <-> tokens: our word list as a tiktoken.Encoding, and the ChatML format."""
+"""Text <-> tokens: our word list as a tiktoken.Encoding, real tokenizers, chat templates."""
 import json
 from pathlib import Path
 
 import tiktoken
 
-from support.common import UserError, read_json, write_text
+from support.common import UserError, read_json, write_atomically, write_text
+from support.huggingface import TOKENIZER_JSON, Tokenizer, read_tokenizer
+from support.templates import templated
 
 PATTERN = r" ?[a-z]+| ?[0-9]| ?[^\sa-z0-9]|\s"              # a word, a digit or a sign, each with
                                                             # the space before it
 ENDOFTEXT, IM_START, IM_END, PAD = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"
 SPECIAL = ENDOFTEXT, IM_START, IM_END, PAD
 TOKENIZER = "tiktoken.json"         # Hugging Face's tokenizer.json has another format
+ROLES = "system", "user", "assistant", "tool"
 
 
 def make_tokenizer(words):
@@ -24,6 +27,11 @@ def make_tokenizer(words):
 
 
 def save_tokenizer(tokenizer, folder):
+    """Writes the files that `load_tokenizer` and, for a Hugging Face checkpoint, others read."""
+    if isinstance(tokenizer, Tokenizer):
+        for name, data in tokenizer.files.items():
+            write_atomically(Path(folder) / name, lambda path, data=data: path.write_bytes(data))
+        return
     ids = range(256, tokenizer.eot_token)
     words = [tokenizer.decode_single_token_bytes(i).decode() for i in ids]
     stored = {"pattern": PATTERN, "special": SPECIAL, "words": words}
@@ -31,9 +39,15 @@ def save_tokenizer(tokenizer, folder):
 
 
 def load_tokenizer(folder):
-    """The tokenizer of a world or checkpoint. Raises UserError: missing or damaged."""
+    """The tokenizer of a world or checkpoint: a tiktoken.Encoding, or a Tokenizer that has what we
+    use of one. Raises UserError: missing, damaged, or of a kind that is not known here."""
     path = Path(folder) / TOKENIZER
-    stored = read_json(path, "make the world or the checkpoint again")
+    if not path.exists() and path.with_name(TOKENIZER_JSON).exists():
+        return read_tokenizer(folder)
+    if path.with_name("tokenizer.model").exists():
+        raise UserError(f"{folder} has a SentencePiece tokenizer (tokenizer.model) and no "
+                        f"{TOKENIZER_JSON} of the byte-level BPE kind, the only one known here")
+    stored = read_json(path, f"make the world or the checkpoint again (and no {TOKENIZER_JSON})")
     try:
         if (stored["pattern"], tuple(stored["special"])) != (PATTERN, SPECIAL):
             raise ValueError("it splits text in another way than this version does")
@@ -42,12 +56,37 @@ def load_tokenizer(folder):
         raise UserError(f"cannot read the tokenizer {path}: {error}") from error
 
 
+# --- Chats: a prompt is a string, or a list of {"role": ..., "content": ...} -------------------
+
+
 def chat(tokenizer, prompt):
-    """A prompt in the ChatML format, up to where the response begins: token ids."""
+    """A prompt in the format of the model, up to where the response begins: token ids.
+
+    The format is the checkpoint's chat template, ChatML where there is none. Whatever the contents
+    say, they hold no special token. Raises UserError: no prompt, no template, or it fails.
+    """
+    messages = messages_of(prompt)
+    if isinstance(tokenizer, Tokenizer):
+        return templated(tokenizer, messages)
     start, end = tokenizer.encode_single_token(IM_START), tokenizer.encode_single_token(IM_END)
-    user = tokenizer.encode_ordinary(f"user\n{prompt}")
-    assistant = tokenizer.encode_ordinary("assistant\n")
-    return [start, *user, end, *tokenizer.encode_ordinary("\n"), start, *assistant]
+    ids = []
+    for message in messages:
+        text = tokenizer.encode_ordinary(f"{message['role']}\n{message['content']}")
+        ids += [start, *text, end, *tokenizer.encode_ordinary("\n")]
+    return [*ids, start, *tokenizer.encode_ordinary("assistant\n")]
+
+
+def messages_of(prompt):
+    """A prompt as a list of messages. Raises UserError."""
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}]
+    messages = prompt if isinstance(prompt, list) else []
+    good = [isinstance(m, dict) and set(m) == {"role", "content"} and m["role"] in ROLES
+            and isinstance(m["content"], str) for m in messages]
+    if not good or not all(good):
+        raise UserError('a prompt is a string, or a list of {"role": ..., "content": "..."} with '
+                        f"the roles {', '.join(ROLES)}: {prompt!r:.80}")
+    return messages
 
 
 def document_tokens(tokenizer, prompt, text):
