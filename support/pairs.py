@@ -5,27 +5,19 @@ import re
 import torch
 
 from support.common import UserError, read_text, rng, write_text
-from support.tokenizer import end_of_turn
+from support.tokenizer import end_of_turn, messages_of
 
 
 def write_jsonl(path, records):
     write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
 
 
-def is_prompt(value):
-    """A string, not empty, or a list of messages: {"role": "user", "content": "..."}."""
-    if isinstance(value, list):
-        return bool(value) and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str)
-            and isinstance(m.get("content"), str) for m in value)
-    return isinstance(value, str) and value != ""
-
-
 def is_pair(record):
-    """A record of contrastive pairs; whatever other fields it has are left alone."""
+    """Whether a record is a contrastive pair; other fields that it has are left alone."""
+    for form in ("clean", "wrapped"):
+        messages_of(record[form])
     lists = [record[name] for name in ("expect", "avoid") if name in record]
-    return (is_prompt(record["clean"]) and is_prompt(record["wrapped"])
-            and isinstance(record.get("response", ""), str)
+    return (record["clean"] and record["wrapped"] and isinstance(record.get("response", ""), str)
             and all(isinstance(some, list) and all(isinstance(s, str) and s for s in some)
                     for some in lists))
 
@@ -40,7 +32,7 @@ def read_jsonl(path):
             record = json.loads(line)
             json.dumps(record, ensure_ascii=False).encode()     # refuses half a surrogate pair
             whole = is_pair(record)
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError, RecursionError, UserError):
             whole = False
         if not whole:
             raise UserError(f'{path}, line {number} is no pair: it wants {{"clean": "...", '

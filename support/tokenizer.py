@@ -124,5 +124,8 @@ def check_vocabulary(tokenizer, model, folder):
 
 
 def end_of_turn(tokenizer, model):
-    """The id of the token that ends a response."""
-    return model.config.ends[0]
+    """The id of the end token that the model's format puts behind a response: of several, a
+    template uses one."""
+    turns = [{"role": role, "content": "a"} for role in ("user", "assistant", "user")]
+    used = [i for i in chat(tokenizer, turns) if i in model.config.ends]
+    return used[-1] if used else model.config.ends[0]

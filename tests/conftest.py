@@ -11,6 +11,7 @@ import torch
 
 from data import World, WorldConfig, world_tokenizer
 from model import GPT, GPTConfig
+from opct import log_probabilities, response_states
 from support.common import guarded
 
 
@@ -41,6 +42,11 @@ def tiny_gpt(vocab=7, family="llama", dtype=torch.float64, **changes):
         for p in model.parameters():
             p.add_(torch.randn(p.shape, dtype=dtype) * 0.3)
     return model
+
+
+def logp_of(model, prompts, response, mask):
+    """log pi(. | prompt, y<t) at each response token: (N, V)."""
+    return log_probabilities(model, response_states(model, prompts, response, mask))
 
 
 def run_here(*args):

@@ -9,10 +9,9 @@ import pytest
 import data
 from data import (AXES, CAPABILITIES, SPLITS, World, WorldConfig, judge, load_world,
                   world_tokenizer)
-from opct import pretraining_batch
 from support.common import UserError
 from support.pairs import read_jsonl, write_jsonl
-from support.packing import pack
+from support.packing import pack, pack_documents
 from support.tokenizer import (PATTERN, SPECIAL, chat, document_tokens, load_tokenizer,
                                save_tokenizer)
 
@@ -336,7 +335,7 @@ def test_packing_a_trunk_and_its_branches_by_hand():
 def test_the_pretraining_stream_is_packed_with_little_waste_and_loses_no_document(world,
                                                                                   tokenizer):
     for seed in range(5):
-        packed = pretraining_batch(world, tokenizer, random.Random(seed), 24)
+        packed = pack_documents(world, tokenizer, random.Random(seed), 24)
         assert packed.tokens.shape == (24, 128) and (packed.segments >= 0).mean() > 0.95
         assert min(packed.starts) >= 0
 

@@ -12,11 +12,10 @@ from itertools import product
 import pytest
 import torch
 
-from conftest import tiny_gpt
+from conftest import logp_of, tiny_gpt
 from model import generate
-from opct import (ConsistencyConfig, Pairs, advantage, cross_entropy, forward_kl,
-                  log_probabilities, opct_step, pick, policy_gradient, response_states, reverse_kl,
-                  sft_step)
+from opct import (ConsistencyConfig, Pairs, advantage, cross_entropy, forward_kl, opct_step, pick,
+                  policy_gradient, reverse_kl, sft_step)
 
 torch.manual_seed(0)
 THETA = torch.randn(5, dtype=torch.float64)
@@ -162,11 +161,6 @@ def test_advantage_by_hand():
 
 LIMIT, END = 3, 4
 WRAPPED, CLEAN = [0, 1, 2, 1], [0, 1]
-
-
-def logp_of(model, prompts, response, mask):
-    """log pi(. | prompt, y<t) at each response token: (N, V)."""
-    return log_probabilities(model, response_states(model, prompts, response, mask))
 
 
 @pytest.fixture(scope="module")

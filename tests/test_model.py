@@ -5,12 +5,12 @@ import random
 import pytest
 import torch
 
-from conftest import tiny_gpt
+from conftest import logp_of, tiny_gpt
 from model import (ARCHITECTURES, CHECK_EVERY, generate, load_checkpoint, rotate, sample,
                    save_checkpoint)
-from opct import hidden_states, pick, pretraining_batch, score
+from opct import pick
 from support.common import UserError, pick_device
-from support.packing import pack
+from support.packing import pack, pack_documents
 
 FAMILIES = list(ARCHITECTURES)
 
@@ -187,7 +187,7 @@ def test_rotary_positions_by_hand():
 def test_packed_sequences_have_the_logits_they_have_alone(family):
     model, sequences = tiny_gpt(family=family), prompts_of_many_lengths(20, 7)
     packed = pack([(sequence, []) for sequence in sequences], 16)
-    hidden = hidden_states(model, packed)
+    hidden = model.model(*packed.inputs("cpu")).flatten(0, 1)
     assert len(packed.tokens) < len(sequences)
     for start, sequence in zip(packed.starts, sequences):
         alone = model.model(torch.tensor([sequence]))[0]
@@ -228,7 +228,7 @@ def test_packing_a_trunk_and_its_branches_by_hand():
 def test_the_pretraining_stream_is_packed_with_little_waste_and_loses_no_document(world,
                                                                                   tokenizer):
     for seed in range(5):
-        packed = pretraining_batch(world, tokenizer, random.Random(seed), 24)
+        packed = pack_documents(world, tokenizer, random.Random(seed), 24)
         assert packed.tokens.shape == (24, 128)
         assert (packed.segments >= 0).mean() > 0.95
         assert min(packed.starts) >= 0
@@ -279,7 +279,7 @@ def test_scoring_agrees_with_sampling():
     """To the scorer, a greedy response's tokens are the likeliest ones: both see one model."""
     model, prompts = tiny_gpt(vocab=11), prompts_of_many_lengths(30, 11)
     response, mask = generate(model, prompts, 10, temperature=0)
-    logp = score(model, prompts, response, mask)
+    logp = logp_of(model, prompts, response, mask)
     assert torch.equal(pick(logp, response[mask]), logp.max(-1).values)
 
 
@@ -295,7 +295,7 @@ def test_responses_that_share_their_prompt_are_scored_as_if_alone(family, monkey
         return model_forward(idx, *rest)
 
     monkeypatch.setattr(model.model, "forward", counted)
-    together = score(model, prompts, response, mask).split(mask.sum(1).tolist())
+    together = logp_of(model, prompts, response, mask).split(mask.sum(1).tolist())
     monkeypatch.undo()
     # Rows that held each prompt three times would be larger.
     assert sizes[0] < 2 * (mask.sum() + sum(map(len, prompts[:5])))
