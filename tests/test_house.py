@@ -9,6 +9,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 NARROW = ["data.py", "eval.py", "studies/pool.py", "studies/stats.py", "studies/plots.py",
           "studies/claims/attack.py", "studies/claims/report.py", "studies/claims/run.py",
+          "studies/claims/plan.py", "studies/claims/map.py", "studies/claims/memory.py",
+          "studies/claims/pool_attack.py", "studies/claims/results.py", "studies/claims/tables.py",
+          "studies/claims/verdicts.py", "studies/claims/attack_tables.py",
+          "studies/claims/map_tables.py", "studies/claims/figures.py", "studies/claims/test_map.py",
+          "studies/claims/test_pool_attack.py",
           "studies/claims/test_claims.py", "studies/claims/__main__.py",
           "studies/speed/__main__.py", "studies/speed/report.py", "studies/speed/run.py",
           "studies/speed/sampler.py", "studies/speed/test_speed.py", "studies/speed/training.py",

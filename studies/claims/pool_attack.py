@@ -23,7 +23,8 @@ import numpy as np
 from data import load_world
 from eval import same_world
 from model import load_checkpoint
-from studies.claims.attack import GAP, attacks_on, figures_of, judge_of, same_means, strongest
+from studies.claims.attack import (GAP, attacks_on, figures_of, judge_of, late_success,
+                                   same_means)
 from support.common import Parser, UserError, add_number, guarded, pick_device, show, write_json
 from support.tokenizer import load_tokenizer
 
@@ -70,7 +71,7 @@ def matrix(attacks, targets, names, seed):
     """A -> B -> share told by B to the prompts that A's strongest attacker wrote for the names."""
     out = {}
     for a, of_target in attacks.items():
-        tried = strongest(of_target)["tried"]
+        tried = max(of_target, key=late_success)["tried"]
         every = [name for name in names for _ in range(len(tried) // len(names))]
         asked = [prompt.replace(GAP, name) for prompt, name in zip(tried, every)]
         out[a] = {b: float(np.mean(told(every, asked, (seed, "matrix"))))

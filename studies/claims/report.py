@@ -1,6 +1,7 @@
 """Tables, claims, figures and README.md of the study, all from its results.json."""
 import json
 import re
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from studies.claims.tables import (ATTACKED, FIRST, HEADLINE, ORDER, families_of
 from studies.claims.verdicts import CONTRASTS, claims_tables, differences
 from studies.stats import over_seeds
 from support.common import UserError, read_json, show, write_text
-from support.report import markdown
+from support.report import WIDTH, markdown
 
 FOLDER = Path(__file__).parent
 NOT_YET = "(not measured by the code that wrote these results)"
@@ -125,7 +126,10 @@ def main_table(study):
 
 
 def readme(study, words):
-    """The text with its {names} replaced by tables. Raises UserError if a name is unknown."""
+    """The text with its {names} replaced; a paragraph or list item with one in it is wrapped again.
+
+    Raises UserError if a name is unknown.
+    """
     tables = blocks(study)
 
     def put(found):
@@ -135,7 +139,15 @@ def readme(study, words):
             raise UserError(f"words.md asks for {found[0]}, which the report does not make")
         return tables[found[1]]
 
-    return re.sub(r"\{(\w+)\}", put, words)
+    parts = re.split(r"(\n\n|\n(?=- |\d\. ))", words)
+    for i, part in enumerate(parts):
+        filled = re.sub(r"\{(\w+)\}", put, part)
+        if filled != part and not re.fullmatch(r"\{\w+\}", part.strip()):
+            indent = " " * len(re.match(r"- |\d\. |", part)[0])
+            filled = textwrap.fill(filled, WIDTH, subsequent_indent=indent,
+                                   break_long_words=False, break_on_hyphens=False)
+        parts[i] = filled
+    return "".join(parts)
 
 
 def fill(text, name, block):

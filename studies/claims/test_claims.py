@@ -17,11 +17,12 @@ import torch.nn.functional as F
 from data import World, WorldConfig, world_tokenizer
 from model import GPT, GPTConfig
 from opct import hidden_states, pick, reverse_kl, score
-from studies.claims import report
+from studies.claims import report, verdicts
 from studies.claims.attack import (AttackConfig, ask, attack_step, attacks_on, same_means,
                                    strongest, train_attacker, try_attacker)
-from studies.claims.run import ARMS, CONTROLS, PRESETS, choose
-from studies.stats import contrast, mean_over_seeds, verdict
+from studies.claims.plan import ARMS, CONTROLS, PRESETS, choose
+from studies.claims.tables import ORDER
+from studies.stats import contrast, mean_over_seeds, seeds_needed, student, verdict
 from support.common import UserError
 from support.packing import pack
 from support.tokenizer import IM_END, PAD, document_tokens
@@ -190,10 +191,10 @@ def test_contrasts_are_paired_seed_by_seed():
         cells.append({"runs": {arm: {"x": {"value": x}} for arm, x in values.items()}})
     for name, value in (("opct - sft", -0.1), ("opct-exact - sft", -0.3), ("on-policy", -0.2),
                         ("exact loss", -0.1)):
-        figure = contrast(cells, "x", report.CONTRASTS[name])
+        figure = contrast(cells, "x", verdicts.CONTRASTS[name])
         assert (figure["value"], figure["half"]) == pytest.approx((value, 0), abs=1e-12)
-    assert contrast(cells, "y", report.CONTRASTS["on-policy"]) is None
-    assert all(sum(weights.values()) == 0 for weights in report.CONTRASTS.values())
+    assert contrast(cells, "y", verdicts.CONTRASTS["on-policy"]) is None
+    assert all(sum(weights.values()) == 0 for weights in verdicts.CONTRASTS.values())
 
 
 def test_verdicts():
@@ -202,6 +203,17 @@ def test_verdicts():
     assert verdict({"low": -0.05, "high": 0.01}, -1, 0) == "not confirmed"
     assert verdict({"low": -0.01, "high": 0.05}, 1, 0.02) == "confirmed"        # with a margin
     assert verdict({"value": -1}, -1, 0) == "not confirmed"         # one seed confirms nothing
+
+
+def test_how_many_seeds_would_decide_by_hand():
+    """Spread 1 over five seeds. (t + 0.84) / sqrt(n) <= 1 first holds at n = 10: 3.10 / 3.16."""
+    figure = {"value": -1.0, "half": student(5) / math.sqrt(5), "n": 5}
+    assert seeds_needed(figure, -1, 0) == 10 and seeds_needed(figure, 1, 0) == 10
+    assert seeds_needed({**figure, "value": -2.0}, -1, 0) == 5      # 3.62 / 2.24 <= 2 at once
+    assert seeds_needed(figure, 1, 1.0) is None                     # on the border: never
+    assert seeds_needed({"value": -1.0, "n": 1}, -1, 0) is None
+    for n, t in ((11, 2.228), (20, 2.093), (100, 1.984)):           # from the tables of t
+        assert student(n) == pytest.approx(t, abs=0.002)
 
 
 def test_the_learning_rate_is_chosen_by_the_criterion():
@@ -250,7 +262,6 @@ def test_train_sh_has_the_learning_rates_that_the_study_chose_and_the_studys_siz
     for preset in PRESETS.values():
         assert f'base="{preset.base}"' in script and f'runs="{preset.runs}"' in script
     assert f'world="{PRESETS["smoke"].world}"' in script
-    assert all(flags in script for flags in PRESETS["full"].world.split(" --pairs"))
 
 
 def test_the_committed_study_attacked_for_real():
@@ -289,7 +300,7 @@ def test_the_study_at_its_smallest(tmp_path):
     assert set(results["cells"]) == {"llama-0"} and len(done) == len(set(done))
     runs = results["cells"]["llama-0"]["runs"]
     assert set(runs) == {"base", *ARMS, *CONTROLS, "teacher"}
-    assert set(runs["opct-exact"]) == set(report.ORDER)
+    assert set(runs["opct-exact"]) == set(ORDER)
     assert len(runs["opct-exact"]["jailbreak_adaptive_best_of"]["curve"]) == 4
     assert runs["opct-clean"]["drift_kl"]["value"] == 0     # the same function, the same prompts
     assert runs["opct-shuffled"]["drift_kl"]["value"] > 0
