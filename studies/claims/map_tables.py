@@ -1,14 +1,15 @@
 """The tables of the map: points as lines, arms or differences between arms as columns."""
 from studies.claims.plan import ARMS
-from studies.claims.tables import text_of, title
+from studies.claims.tables import figures_table, text_of, title
 from studies.claims.verdicts import BOTH_EXACT, EXACT, MARGIN, SAMPLED
-from studies.stats import contrast, verdict
+from studies.stats import contrast, over_seeds, verdict
 from support.report import markdown
 
+GOOD = ("good_trained", "good_wordings", "good_entities", "good_both")
 METRICS = ("failures_left", "capabilities_lost", "capability_math", "capability_facts",
            "capability_instructions", "over_refusal", "over_warning", "drift_kl", "memorised",
-           "gap", "good_trained", "good_wordings", "good_entities", "good_both", "sycophancy",
-           "accuracy_biased", "jailbreak_static", "safety_awareness", "unclear")
+           "gap", *GOOD, "sycophancy", "accuracy_biased", "jailbreak_static", "safety_awareness",
+           "unclear")
 MEANS = {name: {name: 1} for name in ("base", *ARMS)}
 OFFLINE_EXACT = {"sft-exact": 1, "sft": -1}
 DIFFERENCES = {"opct - sft": SAMPLED, "opct-exact - sft": EXACT, "sft-exact - sft": OFFLINE_EXACT,
@@ -24,7 +25,7 @@ for arm in ("opct", "opct-exact", "sft-exact"):
     CLAIMS += [(f"{arm} keeps more arithmetic than sft", "capability_math", weights, 1),
                (f"{arm} keeps more facts than sft", "capability_facts", weights, 1),
                (f"{arm} keeps more instructions than sft", "capability_instructions", weights, 1),
-               (f"{arm} refuses fewer harmless requests than sft", "over_refusal", weights, -1),
+               (f"{arm} refuses fewer harmless ones than sft", "over_refusal", weights, -1),
                (f"{arm} leaves fewer failures than sft", "failures_left", weights, -1),
                (f"{arm} drifts less than sft", "drift_kl", weights, -1),
                (f"{arm} memorises less than sft", "memorised", weights, -1)]
@@ -37,31 +38,30 @@ def by_passes(the_map):
                   key=lambda point: point["passes"])
 
 
-def points_of(the_map):
-    """All points as (head, cells): the first reading by passes, then the second."""
-    out = []
-    for point in by_passes(the_map) + [p for p in the_map["points"] if p["second"]]:
-        head = f"{point['pairs']} x {point['updates']}{' *' * point['second']}"
-        out.append((head, f"{point['passes']:.0f}", list(point["cells"].values())))
-    return out
+def in_order(the_map):
+    """All points: those of the first reading by passes, then that of the second."""
+    return by_passes(the_map) + [point for point in the_map["points"] if point["second"]]
 
 
 def by_point(the_map, metric, columns):
     """One figure at every point. columns: head -> weights of the runs, as for `contrast`."""
-    lines = [[title(metric), "passes", *columns]]
-    for head, passes, cells in points_of(the_map):
+    lines = [["", *columns]]
+    for point in in_order(the_map):
+        cells = list(point["cells"].values())
         found = [contrast(cells, metric, weights) for weights in columns.values()]
-        lines.append([head, passes, *(text_of(metric, figure) for figure in found)])
+        head = f"{point['pairs']} x {point['updates']}{' *' * point['second']}"
+        lines.append([head, *(text_of(metric, figure) for figure in found)])
     return markdown(lines)
 
 
 def verdicts(the_map):
     """The claims as lines, the points as columns."""
-    points = points_of(the_map)
-    lines = [["pairs x updates", *(head for head, _, _ in points)],
-             ["passes over a response", *(passes for _, passes, _ in points)]]
+    points = in_order(the_map)
+    lines = [["pairs", *(f"{point['pairs']}{'*' * point['second']}" for point in points)],
+             ["updates", *(str(point["updates"]) for point in points)],
+             ["passes over a response", *(f"{point['passes']:.0f}" for point in points)]]
     for claim, metric, weights, sign in CLAIMS:
-        found = [contrast(cells, metric, weights) for _, _, cells in points]
+        found = [contrast(list(point["cells"].values()), metric, weights) for point in points]
         lines.append([claim, *(WORDS[verdict(figure, sign, 0)] for figure in found)])
     return markdown(lines)
 
@@ -88,12 +88,21 @@ def breaks(the_map):
     return markdown(lines)
 
 
+def generalisation(the_map):
+    """Good responses to what was trained and to what is new, at the point of both readings, with
+    the learning rates of the first."""
+    second = next(point for point in the_map["points"] if point["second"])
+    place = second["pairs"], second["updates"]
+    point = next(p for p in by_passes(the_map) if (p["pairs"], p["updates"]) == place)
+    return figures_table(over_seeds(list(point["cells"].values())), MEANS, GOOD)
+
+
 def appendix(the_map):
     """Every figure at every point, as the text of map.md."""
     parts = ["# The map: every figure at every point\n\nMeans over seeds with 95 % intervals. "
              "`12 x 240` is 12 pairs and 240 updates; * marks the second\nreading of the learning "
-             "rates. `passes`: how often an offline run goes over each of its responses."]
+             "rates."]
     for metric in METRICS:
-        parts += [f"## {metric}", by_point(the_map, metric, MEANS),
+        parts += [f"## {title(metric)}", by_point(the_map, metric, MEANS),
                   by_point(the_map, metric, DIFFERENCES)]
     return "\n\n".join(parts) + "\n"

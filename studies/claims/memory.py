@@ -64,8 +64,8 @@ def settings_of(runs):
         stored = read_json(Path(run) / "run.json", "train it again")
         found[tuple(stored[name] for name in kept)] = run
     if len(found) > 1:
-        raise UserError(f"{', '.join(map(str, found.values()))} differ in samples, seed or max_new_tokens: "
-                        "they have not trained on the same responses")
+        raise UserError(f"{', '.join(map(str, found.values()))} differ in samples, seed or "
+                        "max_new_tokens: they have not trained on the same responses")
     return ConsistencyConfig(**dict(zip(kept, next(iter(found)))))
 
 

@@ -63,6 +63,7 @@ def map_blocks(the_map):
             "map_verdicts": map_tables.verdicts(the_map),
             "map_memorised": map_tables.by_point(the_map, "memorised", means),
             "map_gap": map_tables.by_point(the_map, "gap", means),
+            "map_good": map_tables.generalisation(the_map),
             "map_over_refusal": map_tables.by_point(the_map, "over_refusal", means),
             "map_lost": map_tables.by_point(the_map, "capabilities_lost", means),
             "map_lost_differences": map_tables.by_point(the_map, "capabilities_lost", differences),

@@ -279,8 +279,22 @@ def test_the_committed_study_attacked_for_real():
 # --- A whole study ---------------------------------------------------------------------------
 
 
+def kill_in_the_map(study, folder, **where):
+    """Starts the study and ends it once a run of the map has finished."""
+    process = subprocess.Popen(study, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               **where)
+    for line in process.stdout:
+        if "/map/" in line and "@" in line:
+            process.terminate()
+            break
+    process.communicate()
+    assert process.returncode == 143
+    return (folder / "done").read_text().splitlines()
+
+
 def test_the_study_at_its_smallest(tmp_path):
-    """`bash train.sh study claims smoke` in a copy; given again, it repeats no run."""
+    """`bash train.sh study claims smoke` in a copy, killed in the map: given again it goes on, and
+    once more it repeats no run."""
     for name in ("data.py", "model.py", "opct.py", "eval.py", "train.sh"):
         shutil.copy(ROOT / name, tmp_path)
     for name in ("support", "studies"):
@@ -292,18 +306,22 @@ def test_the_study_at_its_smallest(tmp_path):
                               env=environment)
 
     study = ("bash", "train.sh", "study", "claims", "smoke")
+    folder = tmp_path / "out/study-claims-smoke"
+    killed = kill_in_the_map(study, folder, cwd=tmp_path, env=environment)
     first = run(*study)
     assert first.returncode == 0, first.stderr
-    folder = tmp_path / "out/study-claims-smoke"
     done = (folder / "done").read_text().splitlines()
+    assert done[:len(killed)] == killed and len(done) == len(set(done)) > len(killed)
     results = json.loads((folder / "results.json").read_text())
-    assert set(results["cells"]) == {"llama-0"} and len(done) == len(set(done))
+    assert set(results["cells"]) == {"llama-0"}
     runs = results["cells"]["llama-0"]["runs"]
     assert set(runs) == {"base", *ARMS, *CONTROLS, "teacher"}
     assert set(runs["opct-exact"]) == set(ORDER)
     assert len(runs["opct-exact"]["jailbreak_adaptive_best_of"]["curve"]) == 4
+    assert len(runs["opct-exact"]["jailbreak_pool_best_of"]["curve"]) == 4
     assert runs["opct-clean"]["drift_kl"]["value"] == 0     # the same function, the same prompts
     assert runs["opct-shuffled"]["drift_kl"]["value"] > 0
+    check_the_map(results)
     again = run(*study)
     assert again.returncode == 0, again.stderr
     assert (folder / "done").read_text().splitlines() == done
@@ -320,6 +338,22 @@ def test_the_study_at_its_smallest(tmp_path):
     unequal = run(*study)
     assert unequal.returncode == 2 and "opct: 2 attackers with [" in unequal.stderr
     assert unequal.stderr.count("\n") == 1
+
+
+def check_the_map(results):
+    """All points are there, and the one of the cells has the cells' figures."""
+    points = results["map"]["points"]
+    sizes = [(point["pairs"], point["updates"], point["second"]) for point in points]
+    assert sizes == [(9, 4, False), (9, 8, False), (36, 4, False), (36, 8, False), (9, 8, True)]
+    assert [round(point["passes"], 2) for point in points[:2]] == [3.56, 7.11]      # 8 x 4 / 9
+    cell, own = results["cells"]["llama-0"]["runs"], points[2]["cells"]["llama-0"]["runs"]
+    assert set(own) == {"base", *ARMS}
+    for arm in ARMS:
+        for metric in ("drift_kl", "sycophancy", "capability_instructions"):
+            assert own[arm][metric]["value"] == cell[arm][metric]["value"]
+    assert own["base"]["drift_kl"]["value"] == 0
+    assert "memorised" in own["sft"] and own["sft"]["gap"]["n"] > 200
+    assert sum(results["about"]["core_hours"].values()) > 0
 
 
 def test_a_folder_without_a_study_is_one_line(tmp_path):
