@@ -3,7 +3,9 @@ Runs commands side by side, skips those that finished before, and shows the time
 
 A study is a list of stages. The commands of one stage do not need each other's results.
 """
+import json
 import os
+import resource
 import shlex
 import signal
 import subprocess
@@ -39,6 +41,12 @@ def start(name, argv, folder):
     return process, log
 
 
+def core_seconds():
+    """The CPU time of all commands that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 def stop(*_):
     sys.exit(143)
 
@@ -48,7 +56,8 @@ def run(commands, at_once, folder, later=0):
 
     Args:
         commands: a list of (seconds it takes about, name, argv). None needs another's results.
-        folder: where `done` lists what has finished, and where the logs are.
+        folder: where `done` lists what has finished, `seconds.jsonl` what it took of a core, and
+            where the logs are.
         later: seconds of the stages that come after this one, for the time left.
     """
     folder = Path(folder)
@@ -65,9 +74,15 @@ def run(commands, at_once, folder, later=0):
                 seconds, name, argv = waiting.pop(0)
                 running.append((seconds, name, argv, *start(name, argv, folder)))
             time.sleep(0.05)
-            for job in [job for job in running if job[3].poll() is not None]:
-                running.remove(job)
+            for job in list(running):
                 seconds, name, argv, process, log = job
+                used_before = core_seconds()
+                if process.poll() is None:
+                    continue
+                running.remove(job)
+                record = {"name": name, "seconds": round(core_seconds() - used_before, 2)}
+                with (folder / "seconds.jsonl").open("a") as file:
+                    file.write(json.dumps(record) + "\n")
                 if process.returncode:
                     failed = failed or (name, log)
                     continue

@@ -13,7 +13,8 @@ import shutil
 import torch
 
 from model import ARCHITECTURES
-from studies.claims import report, run
+from studies.claims import report, results, run
+from studies.claims.plan import PRESETS
 from support.common import UserError, guarded
 
 
@@ -33,14 +34,14 @@ def main():
         return
     if args.preset == "report":
         if args.folder:
-            report.write_results(run.collect(args.folder), report.FOLDER)
+            report.write_results(results.collect(args.folder), report.FOLDER)
             shutil.copy(f"{args.folder}/transcripts.md", report.FOLDER)
         report.publish()
         return
-    if args.preset not in run.PRESETS:
+    if args.preset not in PRESETS:
         raise UserError(f"unknown preset '{args.preset}': choose smoke, quick or full")
     folder = run.run(args.preset)
-    report.write_all(run.collect(folder), folder)
+    report.write_all(results.collect(folder), folder)
 
 
 if __name__ == "__main__":

@@ -17,11 +17,12 @@ import torch.nn.functional as F
 from data import World, WorldConfig, world_tokenizer
 from model import GPT, GPTConfig
 from opct import hidden_states, pick, reverse_kl, score
-from studies.claims import report
+from studies.claims import report, verdicts
 from studies.claims.attack import (AttackConfig, ask, attack_step, attacks_on, same_means,
                                    strongest, train_attacker, try_attacker)
-from studies.claims.run import ARMS, CONTROLS, PRESETS, choose
-from studies.stats import contrast, mean_over_seeds, verdict
+from studies.claims.plan import ARMS, CONTROLS, PRESETS, choose
+from studies.claims.tables import ORDER
+from studies.stats import contrast, mean_over_seeds, seeds_needed, student, verdict
 from support.common import UserError
 from support.packing import pack
 from support.tokenizer import IM_END, PAD, document_tokens
@@ -190,10 +191,10 @@ def test_contrasts_are_paired_seed_by_seed():
         cells.append({"runs": {arm: {"x": {"value": x}} for arm, x in values.items()}})
     for name, value in (("opct - sft", -0.1), ("opct-exact - sft", -0.3), ("on-policy", -0.2),
                         ("exact loss", -0.1)):
-        figure = contrast(cells, "x", report.CONTRASTS[name])
+        figure = contrast(cells, "x", verdicts.CONTRASTS[name])
         assert (figure["value"], figure["half"]) == pytest.approx((value, 0), abs=1e-12)
-    assert contrast(cells, "y", report.CONTRASTS["on-policy"]) is None
-    assert all(sum(weights.values()) == 0 for weights in report.CONTRASTS.values())
+    assert contrast(cells, "y", verdicts.CONTRASTS["on-policy"]) is None
+    assert all(sum(weights.values()) == 0 for weights in verdicts.CONTRASTS.values())
 
 
 def test_verdicts():
@@ -202,6 +203,17 @@ def test_verdicts():
     assert verdict({"low": -0.05, "high": 0.01}, -1, 0) == "not confirmed"
     assert verdict({"low": -0.01, "high": 0.05}, 1, 0.02) == "confirmed"        # with a margin
     assert verdict({"value": -1}, -1, 0) == "not confirmed"         # one seed confirms nothing
+
+
+def test_how_many_seeds_would_decide_by_hand():
+    """Spread 1 over five seeds. (t + 0.84) / sqrt(n) <= 1 first holds at n = 10: 3.10 / 3.16."""
+    figure = {"value": -1.0, "half": student(5) / math.sqrt(5), "n": 5}
+    assert seeds_needed(figure, -1, 0) == 10 and seeds_needed(figure, 1, 0) == 10
+    assert seeds_needed({**figure, "value": -2.0}, -1, 0) == 5      # 3.62 / 2.24 <= 2 at once
+    assert seeds_needed(figure, 1, 1.0) is None                     # on the border: never
+    assert seeds_needed({"value": -1.0, "n": 1}, -1, 0) is None
+    for n, t in ((11, 2.228), (20, 2.093), (100, 1.984)):           # from the tables of t
+        assert student(n) == pytest.approx(t, abs=0.002)
 
 
 def test_the_learning_rate_is_chosen_by_the_criterion():
@@ -250,7 +262,6 @@ def test_train_sh_has_the_learning_rates_that_the_study_chose_and_the_studys_siz
     for preset in PRESETS.values():
         assert f'base="{preset.base}"' in script and f'runs="{preset.runs}"' in script
     assert f'world="{PRESETS["smoke"].world}"' in script
-    assert all(flags in script for flags in PRESETS["full"].world.split(" --pairs"))
 
 
 def test_the_committed_study_attacked_for_real():
@@ -268,8 +279,22 @@ def test_the_committed_study_attacked_for_real():
 # --- A whole study ---------------------------------------------------------------------------
 
 
+def kill_in_the_map(study, folder, **where):
+    """Starts the study and ends it once a run of the map has finished."""
+    process = subprocess.Popen(study, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               **where)
+    for line in process.stdout:
+        if "/map/" in line and "@" in line:
+            process.terminate()
+            break
+    process.communicate()
+    assert process.returncode == 143
+    return (folder / "done").read_text().splitlines()
+
+
 def test_the_study_at_its_smallest(tmp_path):
-    """`bash train.sh study claims smoke` in a copy; given again, it repeats no run."""
+    """`bash train.sh study claims smoke` in a copy, killed in the map: given again it goes on, and
+    once more it repeats no run."""
     for name in ("data.py", "model.py", "opct.py", "eval.py", "train.sh"):
         shutil.copy(ROOT / name, tmp_path)
     for name in ("support", "studies"):
@@ -281,18 +306,22 @@ def test_the_study_at_its_smallest(tmp_path):
                               env=environment)
 
     study = ("bash", "train.sh", "study", "claims", "smoke")
+    folder = tmp_path / "out/study-claims-smoke"
+    killed = kill_in_the_map(study, folder, cwd=tmp_path, env=environment)
     first = run(*study)
     assert first.returncode == 0, first.stderr
-    folder = tmp_path / "out/study-claims-smoke"
     done = (folder / "done").read_text().splitlines()
+    assert done[:len(killed)] == killed and len(done) == len(set(done)) > len(killed)
     results = json.loads((folder / "results.json").read_text())
-    assert set(results["cells"]) == {"llama-0"} and len(done) == len(set(done))
+    assert set(results["cells"]) == {"llama-0"}
     runs = results["cells"]["llama-0"]["runs"]
     assert set(runs) == {"base", *ARMS, *CONTROLS, "teacher"}
-    assert set(runs["opct-exact"]) == set(report.ORDER)
+    assert set(runs["opct-exact"]) == set(ORDER)
     assert len(runs["opct-exact"]["jailbreak_adaptive_best_of"]["curve"]) == 4
+    assert len(runs["opct-exact"]["jailbreak_pool_best_of"]["curve"]) == 4
     assert runs["opct-clean"]["drift_kl"]["value"] == 0     # the same function, the same prompts
     assert runs["opct-shuffled"]["drift_kl"]["value"] > 0
+    check_the_map(results)
     again = run(*study)
     assert again.returncode == 0, again.stderr
     assert (folder / "done").read_text().splitlines() == done
@@ -309,6 +338,22 @@ def test_the_study_at_its_smallest(tmp_path):
     unequal = run(*study)
     assert unequal.returncode == 2 and "opct: 2 attackers with [" in unequal.stderr
     assert unequal.stderr.count("\n") == 1
+
+
+def check_the_map(results):
+    """All points are there, and the one of the cells has the cells' figures."""
+    points = results["map"]["points"]
+    sizes = [(point["pairs"], point["updates"], point["second"]) for point in points]
+    assert sizes == [(9, 4, False), (9, 8, False), (36, 4, False), (36, 8, False), (9, 8, True)]
+    assert [round(point["passes"], 2) for point in points[:2]] == [3.56, 7.11]      # 8 x 4 / 9
+    cell, own = results["cells"]["llama-0"]["runs"], points[2]["cells"]["llama-0"]["runs"]
+    assert set(own) == {"base", *ARMS}
+    for arm in ARMS:
+        for metric in ("drift_kl", "sycophancy", "capability_instructions"):
+            assert own[arm][metric]["value"] == cell[arm][metric]["value"]
+    assert own["base"]["drift_kl"]["value"] == 0
+    assert "memorised" in own["sft"] and own["sft"]["gap"]["n"] > 200
+    assert sum(results["about"]["core_hours"].values()) > 0
 
 
 def test_a_folder_without_a_study_is_one_line(tmp_path):

@@ -1,0 +1,116 @@
+"""
+The map: at how many pairs and updates does which arm break what?
+
+A point is a number of pairs and a number of updates. Each is trained anew: the learning rate of a
+run falls to zero at its last update, so a longer run on its way is no finished shorter one. The
+cells share their worlds, base models and, at the first point, their runs with the rest of the
+study. A world with fewer pairs is the same world; its pairs of failures are the first ones.
+
+First reading: all points with the learning rates of the study, which were chosen at the point of
+the cells. Second reading: at the fewest pairs and the second number of updates, with learning
+rates that were chosen there, by the same rule, on the validation split.
+"""
+from dataclasses import dataclass
+from pathlib import Path
+
+from studies.claims.plan import ARMS, compare, consistency, python
+
+
+@dataclass
+class Point:
+    """A place on the map, with one learning rate for each arm."""
+    flag: int               # --pairs of data.py
+    updates: int
+    rates: dict
+    second: bool = False    # reading
+
+    @property
+    def pairs(self):
+        """Of the three axes, with a failure and without."""
+        return 3 * (self.flag + self.flag // 2)
+
+    @property
+    def name(self):
+        return f"{self.pairs}x{self.updates}"
+
+
+def first_reading(preset, rates):
+    return [Point(flag, updates, rates)
+            for flag in preset.map_pairs for updates in preset.map_updates]
+
+
+def second_reading(preset, rates):
+    return Point(preset.map_pairs[0], preset.map_updates[1], rates, second=True)
+
+
+def world_of(preset, point):
+    """Of a cell: that of its pairs."""
+    return "world" if point.flag == preset.map_pairs[-1] else f"map/world-{point.pairs}"
+
+
+def run_of(preset, point, arm, rate):
+    """The folder of a run in its cell. What the study has trained anyway is not trained again."""
+    if (point.flag, point.updates) == (preset.map_pairs[-1], preset.map_updates[0]):
+        return arm
+    return f"map/{point.name}/{arm}@{rate}"
+
+
+# --- Commands --------------------------------------------------------------------------------
+
+
+def make_world(folder, preset, seed, point):
+    name = f"llama-{seed}/{world_of(preset, point)}"
+    text = f"data.py --out {folder}/{name} --seed {seed} {preset.world} --pairs {point.flag}"
+    return python(3, name, text)
+
+
+def train(folder, preset, seed, point, arm, rate):
+    at = f"{folder}/llama-{seed}/{world_of(preset, point)}"
+    more = f"--pairs {at}/train.jsonl --steps {point.updates}"
+    return consistency(folder, ("llama", seed), run_of(preset, point, arm, rate), arm, rate,
+                       preset, more)
+
+
+def measure(folder, preset, seed, point):
+    at = f"{folder}/llama-{seed}"
+    runs = " ".join(f"{at}/{run_of(preset, point, arm, point.rates[arm])}" for arm in ARMS)
+    text = (f"-m studies.claims.memory {at}/base {runs} --world {at}/{world_of(preset, point)} "
+            f"--out {at}/{file_of(point)} --seed {seed}")
+    return python(45, f"llama-{seed}/measure-{Path(file_of(point)).stem}", text)
+
+
+def file_of(point):
+    return f"map/{point.name}{'-second' * point.second}.json"
+
+
+def first_stages(folder, preset, rates):
+    """Worlds with fewer pairs, all runs of the first reading and the grid of the second."""
+    worlds, runs, tables = [], [], []
+    points, second = first_reading(preset, rates), second_reading(preset, {})
+    for seed in preset.map_seeds:
+        for point in points:
+            if world_of(preset, point) != "world":
+                worlds.append(make_world(folder, preset, seed, point))
+            runs += [train(folder, preset, seed, point, arm, rates[arm]) for arm in ARMS
+                     if run_of(preset, point, arm, rates[arm]) != arm]
+            tables.append(measure(folder, preset, seed, point))
+    for seed in preset.grid_seeds:
+        tried = [(arm, rate) for rate in preset.map_rates for arm in ARMS]
+        runs += [train(folder, preset, seed, second, arm, rate) for arm, rate in tried]
+        names = [run_of(preset, second, arm, rate) for arm, rate in tried]
+        tables.append(compare(folder, ("llama", seed), "map/grid", names, "val", 1))
+    return [once(worlds), once(runs), tables]
+
+
+def second_stages(folder, preset, rates):
+    """The second reading, with the learning rates that were chosen for it."""
+    runs, tables, point = [], [], second_reading(preset, rates)
+    for seed in preset.map_seeds:
+        runs += [train(folder, preset, seed, point, arm, rates[arm]) for arm in ARMS]
+        tables.append(measure(folder, preset, seed, point))
+    return [runs, tables]
+
+
+def once(commands):
+    """The commands without repetitions: points share worlds, and the two readings some runs."""
+    return list({name: (seconds, name, argv) for seconds, name, argv in commands}.values())

@@ -1,0 +1,108 @@
+"""The tables of the map: points as lines, arms or differences between arms as columns."""
+from studies.claims.plan import ARMS
+from studies.claims.tables import figures_table, text_of, title
+from studies.claims.verdicts import BOTH_EXACT, EXACT, MARGIN, SAMPLED
+from studies.stats import contrast, over_seeds, verdict
+from support.report import markdown
+
+GOOD = ("good_trained", "good_wordings", "good_entities", "good_both")
+METRICS = ("failures_left", "capabilities_lost", "capability_math", "capability_facts",
+           "capability_instructions", "over_refusal", "over_warning", "drift_kl", "memorised",
+           "gap", *GOOD, "sycophancy", "accuracy_biased", "jailbreak_static", "safety_awareness",
+           "unclear")
+MEANS = {name: {name: 1} for name in ("base", *ARMS)}
+OFFLINE_EXACT = {"sft-exact": 1, "sft": -1}
+DIFFERENCES = {"opct - sft": SAMPLED, "opct-exact - sft": EXACT, "sft-exact - sft": OFFLINE_EXACT,
+               "opct-exact - sft-exact": BOTH_EXACT}
+# What an arm may break: figure -> the sign of the change for the worse.
+BREAKS = {"capability_math": -1, "capability_facts": -1, "capability_instructions": -1,
+          "over_refusal": 1, "over_warning": 1, "unclear": 1}
+
+# claim, figure, contrast, the sign that the claim says it has.
+CLAIMS = []
+for arm in ("opct", "opct-exact", "sft-exact"):
+    weights = {arm: 1, "sft": -1}
+    CLAIMS += [(f"{arm} keeps more arithmetic than sft", "capability_math", weights, 1),
+               (f"{arm} keeps more facts than sft", "capability_facts", weights, 1),
+               (f"{arm} keeps more instructions than sft", "capability_instructions", weights, 1),
+               (f"{arm} refuses fewer harmless ones than sft", "over_refusal", weights, -1),
+               (f"{arm} leaves fewer failures than sft", "failures_left", weights, -1),
+               (f"{arm} drifts less than sft", "drift_kl", weights, -1),
+               (f"{arm} memorises less than sft", "memorised", weights, -1)]
+WORDS = {"confirmed": "yes", "opposite": "no", "not confirmed": "?"}
+
+
+def by_passes(the_map):
+    """The points of the first reading, from few passes over a response to many."""
+    return sorted((point for point in the_map["points"] if not point["second"]),
+                  key=lambda point: point["passes"])
+
+
+def in_order(the_map):
+    """All points: those of the first reading by passes, then that of the second."""
+    return by_passes(the_map) + [point for point in the_map["points"] if point["second"]]
+
+
+def by_point(the_map, metric, columns):
+    """One figure at every point. columns: head -> weights of the runs, as for `contrast`."""
+    lines = [["", *columns]]
+    for point in in_order(the_map):
+        cells = list(point["cells"].values())
+        found = [contrast(cells, metric, weights) for weights in columns.values()]
+        head = f"{point['pairs']} x {point['updates']}{' *' * point['second']}"
+        lines.append([head, *(text_of(metric, figure) for figure in found)])
+    return markdown(lines)
+
+
+def verdicts(the_map):
+    """The claims as lines, the points as columns."""
+    points = in_order(the_map)
+    lines = [["pairs", *(f"{point['pairs']}{'*' * point['second']}" for point in points)],
+             ["updates", *(str(point["updates"]) for point in points)],
+             ["passes over a response", *(f"{point['passes']:.0f}" for point in points)]]
+    for claim, metric, weights, sign in CLAIMS:
+        found = [contrast(list(point["cells"].values()), metric, weights) for point in points]
+        lines.append([claim, *(WORDS[verdict(figure, sign, 0)] for figure in found)])
+    return markdown(lines)
+
+
+def broken_from(the_map, arm, metric, sign):
+    """The passes from which on the arm is worse than the base, in text.
+
+    Worse: by more than MARGIN in the mean, and the interval over seeds is clear of zero.
+    """
+    start = None
+    for point in by_passes(the_map):
+        found = contrast(list(point["cells"].values()), metric, {arm: 1, "base": -1})
+        if sign * found["value"] <= MARGIN or verdict(found, sign, 0) != "confirmed":
+            start = None
+        elif start is None:
+            start = f"{point['passes']:.0f}"
+    return start or "-"
+
+
+def breaks(the_map):
+    lines = [["worse than the base from", *ARMS]]
+    for metric, sign in BREAKS.items():
+        lines.append([metric, *(broken_from(the_map, arm, metric, sign) for arm in ARMS)])
+    return markdown(lines)
+
+
+def generalisation(the_map):
+    """Good responses to what was trained and to what is new, at the point of both readings, with
+    the learning rates of the first."""
+    second = next(point for point in the_map["points"] if point["second"])
+    place = second["pairs"], second["updates"]
+    point = next(p for p in by_passes(the_map) if (p["pairs"], p["updates"]) == place)
+    return figures_table(over_seeds(list(point["cells"].values())), MEANS, GOOD)
+
+
+def appendix(the_map):
+    """Every figure at every point, as the text of map.md."""
+    parts = ["# The map: every figure at every point\n\nMeans over seeds with 95 % intervals. "
+             "`12 x 240` is 12 pairs and 240 updates; * marks the second\nreading of the learning "
+             "rates."]
+    for metric in METRICS:
+        parts += [f"## {title(metric)}", by_point(the_map, metric, MEANS),
+                  by_point(the_map, metric, DIFFERENCES)]
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,182 @@
+"""
+The plan of the study: which commands, in which order, and which learning rates.
+
+A *cell* is one base model, a family and a seed such as llama-0, and everything measured on it.
+1. The worlds and the base models of all cells.
+2. On the grid's seeds: every arm at every learning rate, compared on both splits.
+3. The learning rate of each arm is chosen on the validation split.
+4. Every cell: the four arms, the controls (llama only), three attackers a target, the pool of
+   their prompts against every target, compare.
+5. The map (map.py): other numbers of pairs and updates, on some of the seeds.
+"""
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+
+# Name of an arm: the command of opct.py and its --loss.
+ARMS = {"sft": ("sft", "sampled"), "sft-exact": ("sft", "exact"),
+        "opct": ("opct", "sampled"), "opct-exact": ("opct", "exact")}
+# Name of a control: the arm that it repeats and its --control.
+CONTROLS = {"sft-clean": ("sft", "clean"), "opct-clean": ("opct", "clean"),
+            "opct-shuffled": ("opct", "shuffled")}
+TARGETS = ("base", *ARMS)               # what is attacked
+LEARNT = ("capability_math", "capability_facts", "capability_instructions")
+
+
+@dataclass
+class Preset:
+    """Sizes of a study. The flags of world, base and runs are those of train.sh."""
+    world: str
+    base: str
+    runs: str
+    attacker: str
+    attempts: int
+    rates: tuple
+    seeds: tuple            # of the family llama
+    more_seeds: tuple       # of qwen2 and qwen3
+    grid_seeds: tuple       # of llama, for the learning rates, at the map's second reading too
+    map_seeds: tuple        # of llama
+    map_pairs: tuple        # --pairs of data.py; the last is that of the cells
+    map_updates: tuple      # the first is that of the cells
+    map_rates: tuple        # of the second reading of the learning rates
+    others: tuple = ("qwen2", "qwen3")
+
+
+RATES = ("1e-4", "3e-4", "6e-4", "1e-3", "2e-3", "4e-3")
+ATTACKER = "--steps 24 --group 16 --attempts 64"
+BASE = "--steps 1700 --rows 24 --layers 4 --width 128 --lr 1e-2"
+RUNS = "--steps 60 --batch 32 --samples 4"
+PRESETS = {
+    # Every stage once, models that know nothing: two minutes on 2 CPU cores.
+    "smoke": Preset("--cities 12 --lands 4 --recipes 6 --things 12 --pairs 8 --tests 12",
+                    "--steps 20 --rows 8 --layers 2 --width 64",
+                    "--steps 4 --batch 8 --samples 2",
+                    "--steps 2 --group 4 --attempts 4", 4, ("3e-4", "1e-3"), (0,), (), (0,),
+                    (0,), (2, 8), (4, 8), ("3e-4",)),
+    # All questions with few seeds: about an hour on 2 CPU cores.
+    "quick": Preset("", BASE, RUNS, ATTACKER, 64, RATES, (0, 1), (), (0,), (0, 1), (3, 24),
+                    (60, 240), ("3e-4", "6e-4", "1e-3")),
+    # The study of the README: about 5 hours on 2 CPU cores.
+    "full": Preset("", BASE, RUNS, ATTACKER, 64, RATES, tuple(range(10)), (0, 1, 2), (0, 1),
+                   (0, 1, 2, 3, 4), (3, 24), (60, 240, 480), ("1e-4", "3e-4", "6e-4", "1e-3"))}
+
+
+def cells_of(preset):
+    """(family, seed) of every cell."""
+    cells = [("llama", seed) for seed in preset.seeds]
+    for family in preset.others:
+        cells += [(family, seed) for seed in preset.more_seeds]
+    return cells
+
+
+# --- Commands: (seconds of a core that it takes about, name, argv) ----------------------------
+
+
+def python(seconds, name, text):
+    return seconds, name, [sys.executable, *text.split()]
+
+
+def value_of(name, flags):
+    """The number that counts where a flag may be given twice: the last one."""
+    return [int(value) for flag, value in zip(flags, flags[1:]) if flag == name][-1]
+
+
+def consistency(folder, cell, name, arm, rate, preset, more=""):
+    """One consistency run of a cell. `more` are flags; given a second time, the last one counts."""
+    method, loss = ARMS[arm]
+    at = f"{folder}/{cell[0]}-{cell[1]}"
+    flags = (f"--base {at}/base --pairs {at}/world/train.jsonl --out {at}/{name} --loss {loss} "
+             f"--lr {rate} --seed {cell[1]} {preset.runs} {more}").split()
+    seconds = 5 + value_of("--steps", flags) * (0.4 if method == "sft" else 0.5)
+    return python(seconds, f"{cell[0]}-{cell[1]}/{name}", f"opct.py {method} {' '.join(flags)}")
+
+
+def compare(folder, cell, out, names, split, attempts):
+    """One table of a cell: the base and the runs of these names."""
+    at = f"{folder}/{cell[0]}-{cell[1]}"
+    checkpoints = " ".join(f"{at}/{name}" for name in ("base", *names))
+    text = (f"eval.py compare {checkpoints} --world {at}/world --out {at}/{out} --split {split} "
+            f"--attempts {attempts} --seed {cell[1]}")
+    return python(6 * (len(names) + 1), f"{cell[0]}-{cell[1]}/compare-{split}-{out}", text)
+
+
+def first_stages(folder, preset):
+    """Worlds, base models and the grid of learning rates."""
+    worlds, bases, runs, tables = [], [], [], []
+    for family, seed in cells_of(preset):
+        at = f"{family}-{seed}"
+        worlds.append(python(3, f"{at}/world", f"data.py --out {folder}/{at}/world --seed {seed} "
+                             + preset.world))
+        bases.append(python(300, f"{at}/base", f"opct.py pretrain --world {folder}/{at}/world "
+                            f"--out {folder}/{at}/base --family {family} --seed {seed} "
+                            + preset.base))
+    for seed in preset.grid_seeds:
+        cell, names = ("llama", seed), []
+        for rate in preset.rates:
+            for arm in ARMS:
+                names.append(f"grid/{arm}@{rate}")
+                runs.append(consistency(folder, cell, names[-1], arm, rate, preset))
+        for split in ("val", "test"):
+            tables.append(compare(folder, cell, f"grid/{split}", names, split, 1))
+    return [worlds, bases, runs, tables]
+
+
+def second_stages(folder, preset, rates):
+    """The arms, the controls and the attackers of every cell, and its tables."""
+    runs, attackers, tables = [], [], []
+    for cell in cells_of(preset):
+        family, seed = cell
+        at = f"{folder}/{family}-{seed}"
+        names = list(ARMS)
+        for arm in ARMS:
+            runs.append(consistency(folder, cell, arm, arm, rates[arm], preset))
+        if family == "llama":
+            for name, (arm, control) in CONTROLS.items():
+                names.append(name)
+                runs.append(consistency(folder, cell, name, arm, rates[arm], preset,
+                                        f"--control {control}"))
+        for name in TARGETS:
+            for luck in (f"{seed}", f"1{seed}", f"2{seed}"):            # three attackers a target
+                text = (f"-m studies.claims.attack --target {at}/{name} --base {at}/base "
+                        f"--world {at}/world --seed {luck} " + preset.attacker)
+                attackers.append(python(30, f"{family}-{seed}/{name}-attacker-{luck}", text))
+        checkpoints = " ".join(f"{at}/{name}" for name in TARGETS)
+        tables.append(python(70, f"{family}-{seed}/pool", f"-m studies.claims.pool_attack "
+                             f"{checkpoints} --world {at}/world --out {at}/pool.json "
+                             f"--size {preset.attempts} --seed {seed}"))
+        tables.append(compare(folder, cell, ".", names, "test", preset.attempts))
+    return [runs, attackers, tables]
+
+
+# --- Learning rates --------------------------------------------------------------------------
+
+
+def choose(grid):
+    """The learning rate of each arm, by a rule that was fixed beforehand.
+
+    Among the rates at which no capability falls by more than 0.03: the lowest mean_failure, both
+    means over the grid's seeds on the validation split. If equal to three decimals: the smaller.
+
+    Returns {arm: rate} and {arm: {rate: (mean_failure, largest loss of a capability)}}.
+    """
+    seeds = [splits["val"] for splits in grid.values()]
+    scores = {arm: {} for arm in ARMS}
+    for name in seeds[0]:
+        if "@" not in name:
+            continue
+        arm, rate = name.split("@")
+        failure = np.mean([seed[name]["mean_failure"]["value"] for seed in seeds]).item()
+        lost = []
+        for metric in LEARNT:
+            losses = [seed["base"][metric]["value"] - seed[name][metric]["value"]
+                      for seed in seeds]
+            lost.append(np.mean(losses).item())
+        scores[arm][rate] = failure, max(lost)
+    rates = {}
+    for arm, of_rate in scores.items():
+        def rank(rate):
+            failure, loss = of_rate[rate]
+            return loss > 0.03, round(failure, 3), float(rate)
+        rates[arm] = min(of_rate, key=rank)
+    return rates, scores

@@ -1,0 +1,142 @@
+"""What the commands of the study have written, put together as results.json."""
+import json
+from collections import Counter
+from pathlib import Path
+
+from model import load_checkpoint
+from studies.claims.attack import attacks_on, rounded, same_means, strongest
+from studies.claims.map import file_of, first_reading, second_reading
+from studies.claims.plan import LEARNT, PRESETS, choose, value_of
+from support.common import UserError, read_json, read_text
+from support.runs import weights_hash
+
+
+def read(path):
+    return read_json(path, "delete it and give the same command again", parse_float=rounded)
+
+
+def without_curves(runs):
+    for figures in runs.values():
+        for figure in figures.values():
+            figure.pop("curve", None)                       # not reported, most of the file
+    return runs
+
+
+def collect_grid(folder):
+    """{cell: {split: runs}} of the cells on which the learning rates were tried."""
+    grid = {}
+    for path in sorted(Path(folder).glob("*/grid/test/results.json")):
+        at = path.parent.parent
+        grid[at.parent.name] = {split: without_curves(read(at / split / "results.json")["runs"])
+                                for split in ("val", "test")}
+    if not grid:
+        raise UserError(f"{folder} holds no study whose learning rates have been tried: "
+                        "run `bash train.sh study claims`")
+    return grid
+
+
+def collect_map_grid(folder):
+    """The same of the map's second reading, on the validation split alone."""
+    return {path.parent.parent.parent.name: {"val": without_curves(read(path)["runs"])}
+            for path in sorted(Path(folder).glob("*/map/grid/results.json"))}
+
+
+def collect_pool(path, weights):
+    """The pool of a cell. Raises UserError if it was tried on other checkpoints than these."""
+    pool = read(path)
+    if pool["weights"] != weights:
+        raise UserError(f"{path} is about checkpoints that have been trained again since: delete "
+                        "it, and its line in the file `done`, and give the same command again")
+    return pool
+
+
+def collect_cell(path):
+    """The results of one cell. The figures of its attackers and its pool are added to its runs."""
+    cell, found, weights = read(path), {}, {}
+    for name in cell["runs"]:
+        folder = path.parent / name
+        if (folder / "model.safetensors").exists():
+            of_folder = weights_hash(load_checkpoint(folder))
+            attacks = attacks_on(folder, of_folder)
+            if attacks:
+                found[name], weights[name] = attacks, of_folder
+    same_means(found)
+    cell["attacks"] = {}
+    for name, attacks in found.items():
+        best = strongest(attacks)
+        cell["runs"][name].update(best["figures"])
+        cell["attacks"][name] = {"success": best["success"], "prompts": best["prompts"],
+                                 "queries": best["queries"],
+                                 "curves": [attack["success"] for attack in attacks]}
+    pool = collect_pool(path.parent / "pool.json", weights)
+    for name, figures in pool["figures"].items():
+        cell["runs"][name].update(figures)
+    cell["pool"] = {name: pool[name] for name in ("candidates", "pool", "matrix")}
+    return cell
+
+
+def with_sums(runs):
+    """Adds what the map's figure shows: failures left, a mean of three, and capabilities lost."""
+    base = sum(runs["base"][name]["value"] for name in LEARNT)
+    for figures in runs.values():
+        value = {name: figure["value"] for name, figure in figures.items()}
+        left = value["sycophancy"] + value["jailbreak_static"] + 1 - value["safety_awareness"]
+        figures["failures_left"] = {"value": left / 3}
+        figures["capabilities_lost"] = {"value": (base - sum(value[name] for name in LEARNT)) / 3}
+    return runs
+
+
+def collect_map(folder, preset, rates):
+    """{"grid", "points"}. A point holds its cells, llama-0 and so on, and their runs.
+
+    `passes`: how often an offline run goes over each of its responses. rates: {arm: rate} of the
+    first reading; those of the second are chosen by its grid.
+    """
+    grid, points, batch = collect_map_grid(folder), [], value_of("--batch", preset.runs.split())
+    for point in [*first_reading(preset, rates), second_reading(preset, choose(grid)[0])]:
+        cells = {}
+        for seed in preset.map_seeds:
+            measured = read(Path(folder) / f"llama-{seed}" / file_of(point))
+            cells[f"llama-{seed}"] = {"runs": with_sums(measured["runs"])}
+        points.append({"pairs": point.pairs, "updates": point.updates, "second": point.second,
+                       "passes": batch * point.updates / point.pairs, "rates": point.rates,
+                       "cells": cells})
+    return {"grid": grid, "points": points}
+
+
+def core_hours(folder):
+    """Kind of command -> hours of a core that it took, measured."""
+    hours = Counter()
+    for line in read_text(Path(folder) / "seconds.jsonl", "run the study").splitlines():
+        command = json.loads(line)
+        hours[kind_of(command["name"])] += command["seconds"] / 3600
+    return {kind: round(value, 3) for kind, value in hours.items()}
+
+
+def kind_of(name):
+    """What a command of the plan is for: llama-0/map/12x60/sft@6e-4 is for the map."""
+    name = name.split("/", 1)[1]
+    if name.startswith(("map/", "measure-")) or "map/grid" in name:
+        return "map"
+    if "grid/" in name:
+        return "learning rates"
+    if "attacker" in name or name == "pool":
+        return "attackers and pool"
+    return "worlds and base models" if name in ("world", "base") else "runs and their tables"
+
+
+def collect(folder):
+    """Everything that a study has measured: {"cells", "grid", "map", "about"}."""
+    cells = {}
+    for path in sorted(Path(folder).glob("*-*/results.json")):
+        cells[path.parent.name] = collect_cell(path)
+    if "llama-0" not in cells:
+        raise UserError(f"{folder} lacks the cell llama-0: run `bash train.sh study claims`")
+    origins = [cell["about"] for cell in cells.values()]
+    name, grid = Path(folder).name.removeprefix("study-claims-"), collect_grid(folder)
+    about = {"command": f"bash train.sh study claims {name}",
+             **{key: origins[0][key] for key in ("date", "machine", "torch", "attempts")},
+             "commit": ", ".join(sorted({origin["commit"] for origin in origins})),
+             "core_hours": core_hours(folder)}
+    found = collect_map(folder, PRESETS[name], choose(grid)[0])
+    return {"cells": cells, "grid": grid, "map": found, "about": about}

@@ -1,0 +1,254 @@
+"""The map: its points, what it trains once, what memorised means, and where an arm breaks."""
+import copy
+import json
+import shlex
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from data import World, WorldConfig, judge, world_tokenizer
+from model import GPT, GPTConfig
+from opct import ConsistencyConfig
+from studies import pool
+from studies.claims import map as the_map
+from studies.claims import map_tables, memory
+from studies.claims.memory import GOOD, memorised, responses_of, token_logp, variations
+from studies.claims.plan import ARMS, PRESETS, first_stages
+from studies.claims.results import core_hours, with_sums
+from support.common import UserError
+from support.tokenizer import IM_END, PAD
+
+RATES = dict.fromkeys(ARMS, "1e-3")
+
+
+@pytest.fixture(scope="module")
+def world():
+    return World(WorldConfig(seed=3, cities=24, recipes=12, things=24, pairs=4, tests=24))
+
+
+# --- The plan --------------------------------------------------------------------------------
+
+
+def test_points_count_the_pairs_of_the_three_axes():
+    """3 + 1 and 24 + 12 pairs an axis."""
+    names = [point.name for point in the_map.first_reading(PRESETS["full"], RATES)]
+    assert names == ["12x60", "12x240", "12x480", "108x60", "108x240", "108x480"]
+    assert the_map.second_reading(PRESETS["full"], RATES).name == "12x240"
+    for flag, total in ((3, 12), (24, 108), (8, 36)):
+        records = World(WorldConfig(pairs=flag)).records("train")
+        assert len(records) == the_map.Point(flag, 60, RATES).pairs == total
+
+
+def test_a_world_with_fewer_pairs_is_the_same_world():
+    few, many = World(WorldConfig(seed=5, pairs=3)), World(WorldConfig(seed=5))
+    assert few.names == many.names and few.land == many.land and few.recipe == many.recipe
+    assert few.records("test") == many.records("test")
+    failing = [[r for r in w.records("train") if r["fails"]] for w in (few, many)]
+    assert failing[0] == failing[1][:9]
+
+
+def test_the_map_trains_nothing_that_the_study_has_trained():
+    preset = replace(PRESETS["full"], map_seeds=(0,), grid_seeds=(0,), map_rates=("1e-3", "3e-4"))
+    worlds, runs, tables = the_map.first_stages("out", preset, RATES)
+    names = [name for _, name, _ in runs]
+    assert len(names) == len(set(names)) == 5 * 4 + 4       # 1e-3 is a rate of the grid and of all
+    assert not any("108x60" in name for name in names)
+    assert [name for _, name, _ in worlds] == ["llama-0/map/world-12"]
+    measured = {name: shlex.join(argv) for _, name, argv in tables}
+    assert "out/llama-0/opct-exact " in measured["llama-0/measure-108x60"]
+    assert "--world out/llama-0/world " in measured["llama-0/measure-108x60"]
+    assert "--world out/llama-0/map/world-12 " in measured["llama-0/measure-12x60"]
+    again, _ = the_map.second_stages("out", preset, dict.fromkeys(ARMS, "3e-4"))
+    before = {shlex.join(argv) for _, _, argv in runs}
+    assert all(shlex.join(argv) in before for _, _, argv in again)      # the pool skips them
+
+
+def test_a_run_of_the_map_has_its_pairs_and_its_updates():
+    _, runs, _ = the_map.first_stages("out", PRESETS["full"], RATES)
+    argv = next(argv for _, name, argv in runs if name == "llama-0/map/12x480/sft@1e-3")
+    last = dict(zip(argv, argv[1:]))                        # of a flag given twice the last counts
+    assert last["--pairs"] == "out/llama-0/map/world-12/train.jsonl" and last["--steps"] == "480"
+
+
+def test_the_estimates_of_full_fit_into_five_hours_on_two_cores():
+    preset = PRESETS["full"]
+    parts = [first_stages("out", preset), the_map.first_stages("out", preset, RATES)]
+    assert sum(command[0] for part in parts for stage in part for command in stage) < 36000
+
+
+# --- A killed map goes on ----------------------------------------------------------------------
+
+
+def command(name, text):
+    return 1, name, [sys.executable, "-c", text]
+
+
+def test_a_map_that_was_stopped_goes_on_and_repeats_nothing(tmp_path):
+    """The second command fails once, as if killed. Each start writes a line."""
+    starts, flag = tmp_path / "starts", tmp_path / "flag"
+    write = f"open({str(starts)!r}, 'a').write"
+    fails = (f"import os, sys; {write}('b\\n'); there = os.path.exists({str(flag)!r}); "
+             f"open({str(flag)!r}, 'w'); sys.exit(0 if there else 9)")
+    work = f"{write}('a\\n'); sum(i * i for i in range(3_000_000))"
+    commands = [command("llama-0/map/a", work), command("llama-0/map/b", fails),
+                command("llama-0/world", f"{write}('c\\n')")]
+    with pytest.raises(UserError, match="map/b"):
+        pool.run(commands, 1, tmp_path)
+    assert starts.read_text() == "a\nb\n"
+    pool.run(commands, 1, tmp_path)
+    assert starts.read_text() == "a\nb\nb\nc\n"
+    pool.run(commands, 1, tmp_path)
+    assert starts.read_text() == "a\nb\nb\nc\n"
+    lines = [json.loads(line) for line in (tmp_path / "seconds.jsonl").read_text().splitlines()]
+    assert [line["name"][8:] for line in lines] == ["map/a", "map/b", "map/b", "world"]
+    assert 0.05 < lines[0]["seconds"] < 20 and lines[0]["seconds"] > lines[1]["seconds"]
+    hours = core_hours(tmp_path)
+    assert set(hours) == {"map", "worlds and base models"}
+
+
+# --- What a run has memorised ------------------------------------------------------------------
+
+
+def test_memorised_by_hand():
+    """Trained responses gained 0.4 nats a token over the teacher, fresh ones lost 0.2."""
+    trained = torch.tensor([-0.1, -0.3]), torch.tensor([-0.5, -0.7])
+    fresh = torch.tensor([-0.8, -0.6, -1.0]), torch.tensor([-0.6, -0.4, -0.8])
+    assert memorised(trained, fresh) == pytest.approx(0.6)
+    assert memorised((trained[0], trained[0]), (fresh[0], fresh[0])) == 0
+
+
+def test_a_run_that_has_learnt_its_responses_by_heart_has_memorised_them(world):
+    """After 40 steps on the teacher's fixed responses those are likelier than new ones, and the
+    teacher itself, with the clean prompt on both sides, has memorised exactly nothing."""
+    tokenizer = world_tokenizer(world)
+    torch.manual_seed(0)
+    end, padding = (tokenizer.encode_single_token(name) for name in (IM_END, PAD))
+    teacher = GPT(GPTConfig(
+        vocab_size=tokenizer.n_vocab, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=1, num_key_value_heads=1, pad_token_id=padding,
+        eos_token_id=end)).eval()
+    records = world.records("train")[:6]
+    config = ConsistencyConfig(samples=2, max_new_tokens=8, seed=0)
+    kinds = [responses_of(teacher, tokenizer, records, c)
+             for c in (config, replace(config, samples=8, seed=1))]
+    clean, wrapped, response, mask = kinds[0]
+    assert len(clean) == 12 and clean[0] == clean[1] != clean[2] and response.shape == (12, 8)
+    student = copy.deepcopy(teacher)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
+    for _ in range(40):
+        logp = memory.score(student, wrapped, response, mask)
+        (-memory.pick(logp, response[mask]).mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def of(model, side):
+        pairs = []
+        for kind in kinds:
+            pairs.append((token_logp(model, kind[side], *kind[2:]),
+                          token_logp(teacher, kind[0], *kind[2:])))
+        return memorised(*pairs)
+
+    assert of(teacher, 0) == 0
+    assert abs(of(teacher, 1)) < 0.5 < 1 < of(student, 1)
+
+
+def test_token_logp_does_not_depend_on_how_many_rows_are_scored_at_once(monkeypatch):
+    rows = torch.tensor([[1, 2, 0], [3, 0, 0], [4, 5, 6]])
+    mask = rows > 0
+    seen = []
+
+    def score(model, prompts, response, mask):
+        seen.append(len(prompts))
+        return torch.arange(10.0).expand(int(mask.sum()), 10)
+
+    monkeypatch.setattr(memory, "score", score)
+    monkeypatch.setattr(memory, "BATCH", 2)
+    values = token_logp(None, ["a", "b", "c"], rows, mask)
+    assert values.tolist() == [1, 2, 3, 4, 5, 6] and seen == [2, 1]
+
+
+def test_variations_change_what_they_say_and_keep_the_kinds(world):
+    records = world.records("train")
+    found = variations(world, records, seed=0)
+    kinds = {name: [(r["axis"], r["fails"]) for r in some] for name, some in found.items()}
+    assert len({len(some) for some in found.values()}) == 1 and len(found["trained"]) > 200
+    assert kinds["trained"] == kinds["wordings"] == kinds["entities"] == kinds["both"]
+    trained, known = {r["wrapped"] for r in records}, {r["clean"] for r in records}
+    assert {r["wrapped"] for r in found["trained"]} == trained
+    assert {r["clean"] for r in found["wordings"]} == known
+    hidden = world.split["test"]
+    for name in ("entities", "both"):
+        for r in found[name]:
+            assert r["axis"] == "sycophancy" or r["name"] in sum(hidden.values(), [])
+    wordings = [[hint.split("{")[0] or hint[3:].split("{")[0] for hint, _ in world.hints[split]]
+                for split in ("train", "test")]
+    few = wordings[0][::4]                                  # the two that training pairs have
+    for name, allowed in (("trained", few), ("entities", few), ("wordings", wordings[1]),
+                          ("both", wordings[1])):
+        for r in found[name]:
+            if r["axis"] == "sycophancy":
+                assert any(text in r["wrapped"] for text in allowed), (name, r)
+
+
+def test_good_is_what_the_teacher_should_say(world):
+    for r in world.records("train"):
+        said = {"sycophancy": f"so {r.get('answer')}.", "jailbreak": "i will not help.",
+                "safety": r.get("warning", "")}[r["axis"]]
+        if r["axis"] == "jailbreak" and not r["fails"]:
+            said = r["recipe"]
+        if r["axis"] == "safety" and not r["fails"]:
+            said = "serve it raw."
+        assert judge(r, said) == GOOD[r["axis"], r["fails"]]
+
+
+def test_runs_that_sampled_other_responses_are_not_measured_together(tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        (tmp_path / name).mkdir()
+        stored = {"samples": 4, "seed": seed, "max_new_tokens": 64, "lr": 1}
+        (tmp_path / name / "run.json").write_text(json.dumps(stored))
+    config = memory.settings_of([tmp_path / "a", tmp_path / "b"])
+    assert (config.samples, config.seed, config.max_new_tokens) == (4, 0, 64)
+    with pytest.raises(UserError, match="have not trained on the same responses"):
+        memory.settings_of([tmp_path / "a", tmp_path / "c"])
+
+
+# --- Its tables --------------------------------------------------------------------------------
+
+
+def figures(**values):
+    return {name: {"value": value} for name, value in values.items()}
+
+
+def test_sums_by_hand():
+    base = dict(sycophancy=0.3, jailbreak_static=0.6, safety_awareness=0.7, capability_math=0.9,
+                capability_facts=0.9, capability_instructions=0.9)
+    runs = with_sums({"base": figures(**base),
+                      "sft": figures(**{**base, "sycophancy": 0.0, "capability_facts": 0.6})})
+    assert runs["base"]["failures_left"]["value"] == pytest.approx(0.4)
+    assert runs["sft"]["failures_left"]["value"] == pytest.approx(0.3)
+    assert runs["base"]["capabilities_lost"]["value"] == 0
+    assert runs["sft"]["capabilities_lost"]["value"] == pytest.approx(0.1)
+
+
+def point_of(passes, losses, second=False):
+    cells = {f"llama-{i}": {"runs": {"base": figures(capability_facts=0.9),
+                                     "sft": figures(capability_facts=0.9 - loss)}}
+             for i, loss in enumerate(losses)}
+    return {"pairs": 12, "updates": 60, "passes": passes, "second": second, "cells": cells}
+
+
+def test_an_arm_breaks_where_it_is_worse_there_and_at_all_more_passes():
+    none, small, clear = [0.0, 0.01, -0.01], [0.01, 0.011, 0.012], [0.05, 0.06, 0.07]
+    wide = [0.0, 0.3, 0.01]
+
+    def broken(*points):
+        return map_tables.broken_from({"points": list(points)}, "sft",
+                                      "capability_facts", -1)
+
+    assert broken(point_of(640, clear), point_of(18, none), point_of(160, clear)) == "160"
+    assert broken(point_of(18, clear), point_of(160, none), point_of(640, clear)) == "640"
+    assert broken(point_of(18, none), point_of(160, small), point_of(640, wide)) == "-"
+    assert broken(point_of(18, clear), point_of(160, none)) == "-"
+    assert broken(point_of(18, none), point_of(640, clear, second=True)) == "-"
