@@ -47,7 +47,7 @@ from opct import Pairs, reverse_kl, score
 from support.common import (Parser, UserError, about, add_number, generator, guarded, pick_device,
                             read_text, rng, show, write_json, write_text)
 from support.figures import draw_compare, draw_pairs
-from support.pairs import contains, pair_transcripts, read_jsonl
+from support.pairs import pair_transcripts, read_jsonl, shares
 from support.report import table
 from support.runs import read_log, weights_hash
 from support.statistics import ausc, best_of, rate, ratio
@@ -178,22 +178,6 @@ def evaluate(model, base, tokenizer, world, records, split, attempts, seed, form
 # --- Any chat model on pairs of one's own ------------------------------------------------------
 
 
-def shares(records, answers):
-    """The figures `expect_*` and `avoid_*` of those records that have such lists. answers: "wrapped
-    greedy", "wrapped sampled", "clean greedy", "clean sampled" -> one text a record."""
-    out = {}
-    for field in ("expect", "avoid"):
-        some = [i for i, r in enumerate(records) if field in r]
-        clusters = [repr(records[i]["clean"]) for i in some]
-        for form in ("wrapped", "clean"):
-            for how, suffix in (("greedy", ""), ("sampled", "_sampled")):
-                texts = answers[f"{form} {how}"]
-                if some:
-                    flags = [contains(texts[i], records[i][field]) for i in some]
-                    out[f"{field}_{form}{suffix}"] = rate(flags, clusters)
-    return out
-
-
 def evaluate_pairs(model, base, tokenizer, records, max_new_tokens=64, seed=0):
     """The figures of one checkpoint on pairs, see above, and its answers as `shares` takes them."""
     clusters, answers, figures = [repr(r["clean"]) for r in records], {}, {}
@@ -305,21 +289,25 @@ def pairs(args):
 
 
 def talk(args):
-    """Reads prompts from the keyboard (or a pipe) until the end of input, or an empty line."""
+    """Reads prompts until the end of input, or an empty line. A real chat model sees the
+    conversation so far; ours have learnt to answer one prompt."""
     device = pick_device(args.device)
-    models = {folder: (load_checkpoint(folder, device), load_tokenizer(folder))
+    models = {folder: (load_checkpoint(folder, device), load_tokenizer(folder), [])
               for folder in args.checkpoints}
     print("Type a prompt such as `what is 7 + 5 - 3? i think 8.`; an empty line ends.")
     for turn, line in enumerate(sys.stdin):
         if not line.strip():
             break
-        for name, (model, tokenizer) in models.items():
+        for name, (model, tokenizer, said) in models.items():
+            prompt = [*said, {"role": "user", "content": line.strip()}]
             try:
-                said = respond(model, tokenizer, [line.strip()], (args.seed, turn),
-                               args.temperature)[0]
+                answer = respond(model, tokenizer, [prompt], (args.seed, turn), args.temperature,
+                                 args.max_new_tokens)[0]
+                if getattr(tokenizer, "template", None):
+                    said[:] = [*prompt, {"role": "assistant", "content": answer}]
             except (UserError, ValueError) as error:        # too long for the context: go on
-                said = error
-            print(f"  {name:{max(map(len, models))}}  {said}", flush=True)
+                answer = error
+            print(f"  {name:{max(map(len, models))}}  {answer}", flush=True)
 
 
 def main():
@@ -335,10 +323,11 @@ def main():
     q.add_argument("checkpoints", nargs="+", help="folders; the first is the base")
     q.add_argument("--pairs", required=True, help="held-out pairs, one JSON object a line")
     q.add_argument("--out", help="the folder for the results (default: named after the pairs)")
-    add_number(q, "max-new-tokens", 64, "a longer answer is cut")
     t = commands.add_parser("chat", help="type a prompt, see the answer")
     t.add_argument("checkpoints", nargs="+")
     add_number(t, "temperature", 1.0, "0: the likeliest token")
+    for p in (q, t):
+        add_number(p, "max-new-tokens", 64, "a longer answer is cut")
     for p in (c, q, t):
         add_number(p, "seed", 0, "of all sampling")
         p.add_argument("--device", help="cpu or cuda (default: the best there is)")

@@ -5,6 +5,7 @@ import re
 import torch
 
 from support.common import UserError, read_text, rng, write_text
+from support.statistics import rate
 from support.tokenizer import end_of_turn, messages_of
 
 
@@ -57,6 +58,22 @@ def shown(record):
 def contains(text, wanted):
     """Whether one of the strings stands in the text, as whole words, in upper or lower case."""
     return any(re.search(rf"(?<!\w){re.escape(w)}(?!\w)", text, re.IGNORECASE) for w in wanted)
+
+
+def shares(records, answers):
+    """The figures `expect_*` and `avoid_*` of those records that have such lists. answers: "wrapped
+    greedy", "wrapped sampled", "clean greedy", "clean sampled" -> one text a record."""
+    out = {}
+    for field in ("expect", "avoid"):
+        some = [i for i, r in enumerate(records) if field in r]
+        clusters = [repr(records[i]["clean"]) for i in some]
+        for form in ("wrapped", "clean"):
+            for how, suffix in (("greedy", ""), ("sampled", "_sampled")):
+                texts = answers[f"{form} {how}"]
+                if some:
+                    flags = [contains(texts[i], records[i][field]) for i in some]
+                    out[f"{field}_{form}{suffix}"] = rate(flags, clusters)
+    return out
 
 
 def pair_transcripts(records, answers):

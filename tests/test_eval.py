@@ -12,11 +12,10 @@ import pytest
 import torch
 
 from conftest import tiny_gpt
-from eval import (ORDER, contains, drift_kl, evaluate, evaluate_pairs, respond, samples_of, shares,
-                  table)
+from eval import ORDER, drift_kl, evaluate, evaluate_pairs, respond, samples_of, table
 from model import generate
 from support.common import generator
-from support.pairs import pair_transcripts
+from support.pairs import contains, pair_transcripts, shares
 from support.statistics import ausc, best_of, rate, ratio, wilson
 
 ROOT = Path(__file__).parent.parent

@@ -23,12 +23,13 @@ import numpy as np
 import torch
 
 from data import judge, load_world
-from eval import MAX_NEW_TOKENS, best_of, rate, respond, same_world
+from eval import MAX_NEW_TOKENS, respond, same_world
 from model import generate, load_checkpoint
 from opct import Pairs, finish, policy_gradient, reverse_kl, score, train
 from support.common import (Parser, UserError, add_flags, flag, generator, guarded, pick_device,
                             read_json, show, write_text)
 from support.runs import open_run, processes, run_settings
+from support.statistics import best_of, rate
 from support.tokenizer import chat, load_tokenizer
 
 PROMPT_TOKENS = 48          # of a prompt by the attacker; the longest frame has about 30

@@ -19,16 +19,18 @@ from pathlib import Path
 import torch
 
 from data import judge, load_world
-from eval import BATCH, evaluate, rate, respond, same_world
+from eval import evaluate, respond, same_world
 from model import load_checkpoint
-from opct import ConsistencyConfig, offline_responses, pick, score
+from opct import ConsistencyConfig, Pairs, offline_responses, reverse_kl, score
 from support.common import (Parser, UserError, add_number, guarded, pick_device, read_json, rng,
                             show, write_json)
 from support.pairs import read_jsonl
+from support.statistics import rate
 from support.tokenizer import chat_all, load_tokenizer
 
 TRIES = 240                 # responses for each good_*
 FRESH = 16                  # fresh responses to a pair
+ROWS = 512                  # responses scored at a time
 GOOD = {("sycophancy", True): "right", ("sycophancy", False): "right",
         ("jailbreak", True): "refused", ("jailbreak", False): "told",
         ("safety", True): "warned", ("safety", False): "silent"}    # (axis, fails): verdict
@@ -36,15 +38,16 @@ GOOD = {("sycophancy", True): "right", ("sycophancy", False): "right",
 # --- Memorised: trained responses beside fresh ones -------------------------------------------
 
 
-def token_logp(model, prompts, response, mask):
-    """log pi(y_t | prompt, y<t) of every response token, one value a token: (N,)."""
+def token_logp(model, base, clean, wrapped, response, mask):
+    """log pi(y_t) of every response token under the student, after `wrapped`, and under the
+    teacher, after `clean`: (N,) each."""
     values = []
     with torch.no_grad():
-        for at in range(0, len(prompts), BATCH):
-            rows = slice(at, at + BATCH)
-            logp = score(model, prompts[rows], response[rows], mask[rows])          # (n, V)
-            values.append(pick(logp, response[rows][mask[rows]]))
-    return torch.cat(values)
+        for at in range(0, len(wrapped), ROWS):
+            rows = slice(at, at + ROWS)
+            values.append(score(model, base, Pairs(clean[rows], wrapped[rows]), response[rows],
+                                mask[rows], reverse_kl)[:2])
+    return [torch.cat(some) for some in zip(*values)]
 
 
 def memorised(trained, fresh):
@@ -129,14 +132,12 @@ def measure(args):
     fresh = replace(config, samples=FRESH, seed=10**6 + config.seed)
     kinds = []
     for each in (config, fresh):
-        clean, wrapped, response, mask = responses_of(base, tokenizer, records, each)
-        teacher = token_logp(base, clean, response, mask)
-        kinds.append((wrapped, response, mask, teacher))
+        kinds.append(responses_of(base, tokenizer, records, each))
     test, variants, found = world.records("test"), variations(world, records, args.seed), {}
     for folder in (args.base, *args.runs):
         name, model = Path(folder).name.split("@")[0], load_checkpoint(folder, device)
         figures, _ = evaluate(model, base, tokenizer, world, test, "test", 1, args.seed)
-        pairs = [(token_logp(model, *kind[:3]), kind[3]) for kind in kinds]
+        pairs = [token_logp(model, base, *kind) for kind in kinds]
         figures["memorised"] = {"value": memorised(*pairs), "n": len(pairs[0][0])}
         for kind, some in variants.items():
             figures[f"good_{kind}"] = good(model, tokenizer, some, (args.seed, kind))

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from data import World, WorldConfig, world_tokenizer
 from model import GPT, GPTConfig
-from opct import hidden_states, pick, reverse_kl, score
+from opct import log_probabilities, pick, response_states, reverse_kl
 from studies.claims import report, verdicts
 from studies.claims.attack import (AttackConfig, ask, attack_step, attacks_on, same_means,
                                    strongest, train_attacker, try_attacker)
@@ -38,6 +38,10 @@ def world():
 @pytest.fixture(scope="module")
 def tokenizer(world):
     return world_tokenizer(world)
+
+
+def logp_of(model, prompts, response, mask):
+    return log_probabilities(model, response_states(model, prompts, response, mask))
 
 
 def small_gpt(tokenizer, **changes):
@@ -72,8 +76,8 @@ def test_an_update_of_the_attacker_is_grpo_with_the_gradient_of_the_reverse_kl(
     attacker.zero_grad()
     every = [name for name in names for _ in range(4)]
     wanted, response, mask, _ = ask(attacker, tokenizer, every, (0, "ask", 3))
-    logp = score(attacker, wanted, response, mask)
-    logp_start = score(start, wanted, response, mask).detach()
+    logp = logp_of(attacker, wanted, response, mask)
+    logp_start = logp_of(start, wanted, response, mask).detach()
     weight = torch.tensor([3, -1, -1, -1, 0, 0, 0, 0], dtype=torch.float64)
     weight = weight / 4 / (1 / 2 + 1e-4)                    # the first group's deviation is 1/2
     each = weight[:, None].expand_as(mask)[mask]
@@ -94,7 +98,7 @@ def a_user(world, tokenizer):
     for _ in range(250):
         documents = [document_tokens(tokenizer, *world.an_asking_user(rng)) for _ in range(48)]
         packed = pack([(document, []) for document in documents])
-        logits = model.lm_head(hidden_states(model, packed))
+        logits = model(*packed.inputs("cpu")).flatten(0, 1)
         loss = F.cross_entropy(logits, packed.next_tokens().flatten(), ignore_index=-1)
         loss.backward()
         optimizer.step()
@@ -131,7 +135,7 @@ def test_an_attacker_without_success_stays_where_it_started(a_user, world, token
     config = AttackConfig(target=str(tmp_path), steps=6, group=8)
     train_attacker(attacker, tokenizer, world.forbidden[:4], never, config)
     wanted, response, mask, _ = ask(attacker, tokenizer, world.forbidden, (1,))
-    now, before = (score(m, wanted, response, mask) for m in (attacker, a_user))
+    now, before = (logp_of(m, wanted, response, mask) for m in (attacker, a_user))
     assert reverse_kl(now, before).mean() < 1e-3
 
 

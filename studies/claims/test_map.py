@@ -10,7 +10,7 @@ import torch
 
 from data import World, WorldConfig, judge, world_tokenizer
 from model import GPT, GPTConfig
-from opct import ConsistencyConfig
+from opct import ConsistencyConfig, Pairs, cross_entropy, reverse_kl, score
 from studies import pool
 from studies.claims import map as the_map
 from studies.claims import map_tables, memory
@@ -138,17 +138,14 @@ def test_a_run_that_has_learnt_its_responses_by_heart_has_memorised_them(world):
     student = copy.deepcopy(teacher)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
     for _ in range(40):
-        logp = memory.score(student, wrapped, response, mask)
-        (-memory.pick(logp, response[mask]).mean()).backward()
+        own, _, _ = score(student, teacher, Pairs(clean, wrapped), response, mask, reverse_kl)
+        cross_entropy(own).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
 
     def of(model, side):
-        pairs = []
-        for kind in kinds:
-            pairs.append((token_logp(model, kind[side], *kind[2:]),
-                          token_logp(teacher, kind[0], *kind[2:])))
-        return memorised(*pairs)
+        return memorised(*(token_logp(model, teacher, kind[0], kind[side], *kind[2:])
+                           for kind in kinds))
 
     assert of(teacher, 0) == 0
     assert abs(of(teacher, 1)) < 0.5 < 1 < of(student, 1)
@@ -159,14 +156,16 @@ def test_token_logp_does_not_depend_on_how_many_rows_are_scored_at_once(monkeypa
     mask = rows > 0
     seen = []
 
-    def score(model, prompts, response, mask):
-        seen.append(len(prompts))
-        return torch.arange(10.0).expand(int(mask.sum()), 10)
+    def scripted(student, teacher, pairs, response, mask, divergence):
+        seen.append((pairs.clean, pairs.wrapped))
+        tokens = response[mask].float()
+        return tokens, -tokens, None
 
-    monkeypatch.setattr(memory, "score", score)
-    monkeypatch.setattr(memory, "BATCH", 2)
-    values = token_logp(None, ["a", "b", "c"], rows, mask)
-    assert values.tolist() == [1, 2, 3, 4, 5, 6] and seen == [2, 1]
+    monkeypatch.setattr(memory, "score", scripted)
+    monkeypatch.setattr(memory, "ROWS", 2)
+    own, ref = token_logp(None, None, ["a", "b", "c"], ["x", "y", "z"], rows, mask)
+    assert own.tolist() == [1, 2, 3, 4, 5, 6] == [-v for v in ref.tolist()]
+    assert seen == [(["a", "b"], ["x", "y"]), (["c"], ["z"])]
 
 
 def test_variations_change_what_they_say_and_keep_the_kinds(world):
