@@ -38,9 +38,10 @@ class Tokenizer:
     """Has what calls need of a tiktoken.Encoding: encode_ordinary, encode_single_token, decode,
     n_vocab. Besides, `encode` takes the added tokens in a text for what they are.
 
-    `special` are the tokens that no text may contain as such, `tags` those and all others that look
-    like mark-up. For chats: `template` (a string or None), `names` of special tokens in it, and
-    `files`, the checkpoint's files, name -> bytes.
+    `special` are the tokens that no text contains as such, `tags` those and all others that look
+    like mark-up. For chats: `template` (a string or None), `names` of special tokens in it,
+    `firsts`, the first characters of tags, `starts`, which finds the first character of each
+    special token. `files` are those of the checkpoint, name -> bytes.
     """
 
     def __init__(self, stored, names):
@@ -53,6 +54,8 @@ class Tokenizer:
         marked = {*CHATML, *names.values()}                 # special whatever their flag says
         self.special = [t["content"] for t in listed if t["special"] or t["content"] in marked]
         self.tags = [t for t in self.added if t in self.special or TAG.fullmatch(t)]
+        self.firsts = sorted({token[0] for token in self.tags})
+        self.starts = re.compile(f"(?={any_of(self.special).pattern}).", re.DOTALL)
         self.every = any_of(self.added)
         self.ordinary = any_of(set(self.added) - set(self.special))
         written = {token: as_bytes(token) for token in model["vocab"]}
@@ -77,8 +80,8 @@ class Tokenizer:
         return self.split(self.ordinary, text, {})
 
     def encode(self, text, stand_ins):
-        """The ids of a text with special tokens. A character of `stand_ins` (its number -> text)
-        becomes that text afterwards, in which nothing is special."""
+        """The ids of a text with special tokens. Once these are found, each character of
+        `stand_ins` (its number -> another) becomes that other one."""
         return self.split(self.every, text, stand_ins)
 
     def split(self, tokens, text, stand_ins):
@@ -146,7 +149,7 @@ def is_nfc(normalizer):
     if normalizer is None:
         return False
     if normalizer["type"] == "Sequence":
-        return any([is_nfc(each) for each in normalizer["normalizers"]])
+        return sum(is_nfc(each) for each in normalizer["normalizers"]) > 0      # checks them all
     if normalizer["type"] != "NFC":
         raise ValueError(f"its normalizer {normalizer['type']} is not known here")
     return True
@@ -190,6 +193,7 @@ def steps_of(stored):
 
 
 def step_of(stored):
+    """The step of one pre-tokenizer. Raises ValueError: not known here."""
     kind = stored["type"]
     if kind == "ByteLevel":
         pattern = regex.compile(GPT2) if stored.get("use_regex", True) else None

@@ -12,35 +12,26 @@ START, END = CHATML
 def templated(tokenizer, messages):
     """The ids of a chat by the checkpoint's own template.
 
-    The template sees one private character in place of each special token that a content spells;
-    it gets its spelling back once the template's own special tokens have been found. Tokens such
-    as <think>, which are special only to the template, are safe too, but for the assistant's: those
-    the model has written, and templates look for them.
+    The template sees a private character in place of each `<` of a content, or whatever special
+    tokens begin with. It becomes `<` again once the special tokens of the text have been found: so
+    those are the template's, however it cuts and joins the contents.
     """
-    contents = "".join(m["content"] for m in messages)
-    free = (c for c in map(chr, range(0x100000, 0x10FFFE)) if c not in contents)
-    border, stand_ins, safe = next(free), {}, []
-    for message in messages:
-        text = message["content"]
-        tokens = tokenizer.special if message["role"] == "assistant" else tokenizer.tags
-        for token in [token for token in tokens if token in text]:
-            character = next(free)
-            text, stand_ins[ord(character)] = text.replace(token, character), token
-        # Nor may a part of a token become a whole one by what the template puts beside it.
-        core, (firsts, seconds) = text.strip(), halves(tuple(tokens))
-        inside = any(core in token for token in tokens)
-        if core and (core.endswith(firsts) or core.startswith(seconds) or inside):
-            text = text.replace(core, border + core + border)
-        safe.append({**message, "content": text})
-    stand_ins[ord(border)] = ""
-    return tokenizer.encode(render(tokenizer, safe), stand_ins)
+    contents = "".join(message["content"] for message in messages)
+    unused = (c for c in map(chr, range(0x100000, 0x10FFFE)) if c not in contents)
+    stand_in = dict(zip(tokenizer.firsts, unused))
+    text = render(tokenizer, [disarmed(tokenizer, message, stand_in) for message in messages])
+    return tokenizer.encode(text, {ord(c): first for first, c in stand_in.items()})
 
 
-@lru_cache
-def halves(tokens):
-    """Every way in which a token may begin, and every way in which it may end."""
-    cuts = [(token, i) for token in tokens for i in range(1, len(token))]
-    return tuple({token[:i] for token, i in cuts}), tuple({token[i:] for token, i in cuts})
+def disarmed(tokenizer, message, stand_in):
+    """A message in which no special token begins. The assistant's may have <think> and the like
+    where these are not marked as special: the model wrote them, and templates look for them."""
+    content = message["content"]
+    if message["role"] == "assistant":
+        content = tokenizer.starts.sub(lambda match: stand_in[match[0]], content)
+    else:
+        content = content.translate(str.maketrans(stand_in))
+    return {**message, "content": content}
 
 
 def render(tokenizer, messages):

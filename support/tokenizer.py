@@ -44,7 +44,7 @@ def load_tokenizer(folder):
     path = Path(folder) / TOKENIZER
     if not path.exists() and path.with_name(TOKENIZER_JSON).exists():
         return read_tokenizer(folder)
-    if path.with_name("tokenizer.model").exists():
+    if not path.exists() and path.with_name("tokenizer.model").exists():
         raise UserError(f"{folder} has a SentencePiece tokenizer (tokenizer.model) and no "
                         f"{TOKENIZER_JSON} of the byte-level BPE kind, the only one known here")
     stored = read_json(path, f"make the world or the checkpoint again (and no {TOKENIZER_JSON})")
