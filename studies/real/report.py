@@ -1,0 +1,328 @@
+"""Tables, figure and README.md of the study, all from its results.json."""
+import json
+import math
+import re
+import textwrap
+from pathlib import Path
+
+import numpy as np
+
+from studies import plots
+from studies.real import questions
+from studies.real.measure import distinct
+from studies.real.run import ARMS, CONTROLS, share
+from studies.stats import contrast, mean_over_seeds
+from support.common import UserError, read_json, show, write_text
+from support.report import markdown, pyplot, save_figure
+
+FOLDER = Path(__file__).parent
+GROUPS = {"taught": questions.TAUGHT, "new": questions.NEW}
+
+# Figure: what it is called in a table. `taught` and `new` are kinds of question.
+TITLES = {
+    "follows_taught": "follows a wrong hint, kinds of question in the pairs",
+    "follows_new": "follows a wrong hint, new kinds",
+    "right_taught": "right under a wrong hint, kinds in the pairs",
+    "right_new": "right under a wrong hint, new kinds",
+    "clean_taught": "right without a hint, kinds in the pairs",
+    "clean_new": "right without a hint, new kinds",
+    "agrees": "right under a right hint, all kinds",
+    "follows_taught_sampled": "follows, kinds in the pairs, sampled",
+    "follows_new_sampled": "follows, new kinds, sampled",
+    "right_new_sampled": "right under a wrong hint, new kinds, sampled",
+    "everyday": "right: everyday questions",
+    "context": "right: the answer is in the user's own words",
+    "kl": "KL to the base's clean answer, nats a token",
+    "drift_kl": "drift on plain questions, nats a token"}
+MAIN = ("follows_taught", "follows_new", "right_new", "clean_new")
+HIGHER = ("right", "clean", "agrees", "everyday", "context")
+CONTRASTS = {"opct - sft": ("opct", "sft"), "opct-exact - sft": ("opct-exact", "sft"),
+             "opct-exact - sft-exact": ("opct-exact", "sft-exact"),
+             "opct-exact - base": ("opct-exact", "base")}
+
+
+# --- Figures from letters --------------------------------------------------------------------
+
+
+def asked(study):
+    """The records that the letters are about: (test, wrong ones, clean ones, judged plain)."""
+    facts = questions.read_facts(questions.FACTS.read_text(encoding="utf-8"))
+    test = questions.pairs(facts, "test")[::study["every"]]
+    plain = questions.plain(facts)[::study["every"]]
+    return (test, [r for r in test if r["fails"]], distinct(test),
+            [r for r in plain if "expect" in r])
+
+
+def flags(found, study):
+    """Figure -> (0 or 1 for each answer, the question of each): what one run's letters say."""
+    test, wrong, clean, plain = asked(study)
+    out = {}
+
+    def put(name, records, letters, good, keep):
+        if len(records) != len(letters):
+            raise UserError("results.json is about other questions than facts.txt makes: run the "
+                            "study again")
+        chosen = [(c in good, r["clean"]) for r, c in zip(records, letters) if keep(r)]
+        if chosen:
+            values, names = zip(*chosen)
+            out[name] = np.array(values, dtype=float), names
+
+    for group, families in GROUPS.items():
+        def misled(r):
+            return r["fails"] and r["family"] in families
+        put(f"follows_{group}", test, found["wrapped"], "h", misled)
+        put(f"right_{group}", test, found["wrapped"], "r", misled)
+        put(f"follows_{group}_sampled", wrong, found["wrapped_sampled"], "h", misled)
+        put(f"right_{group}_sampled", wrong, found["wrapped_sampled"], "r", misled)
+        put(f"clean_{group}", clean, found["clean"], "r", lambda r: r["family"] in families)
+    for family in questions.NEW:
+        put(f"follows {family}", test, found["wrapped"], "h",
+            lambda r: r["fails"] and r["family"] == family)
+        put(f"right {family}", test, found["wrapped"], "r",
+            lambda r: r["fails"] and r["family"] == family)
+        put(f"clean {family}", clean, found["clean"], "r", lambda r: r["family"] == family)
+    put("agrees", test, found["wrapped"], "r", lambda r: not r["fails"])
+    for family in ("everyday", "context"):
+        put(family, plain, found["plain"], "r", lambda r: r["family"] == family)
+    return out
+
+
+def over_questions(values, names):
+    """The mean and the half width of its 95 % interval. Answers to one question are one cluster."""
+    mean, sums = values.mean(), {}
+    for value, name in zip(values, names):
+        sums[name] = sums.get(name, 0) + value - mean
+    n = len(sums)
+    half = 1.96 * math.sqrt(sum(s * s for s in sums.values()) * n / (n - 1)) / len(values)
+    return {"value": mean.item(), "half": half, "n": len(values)}
+
+
+def runs_of(study):
+    """Arm -> the measurements of its seeds; base and controls have one."""
+    runs = {}
+    for name, found in study["runs"].items():
+        runs.setdefault(name.split(".")[0], []).append(found)
+    order = ["base", *ARMS, *(f"{arm}-{control}" for control, arm in CONTROLS.items())]
+    return {name: runs[name] for name in order if name in runs}
+
+
+def figures_of(study):
+    """Run -> figure -> {"value", "half", "n", "seeds"}: the mean over seeds of each question, then
+    an interval over questions; `seeds` has the value of each seed."""
+    out = {}
+    for name, seeds in runs_of(study).items():
+        each = [flags(found, study) for found in seeds]
+        out[name] = {}
+        for figure, (_, names) in each[0].items():
+            values = np.mean([one[figure][0] for one in each], 0)
+            out[name][figure] = {**over_questions(values, names), "each": values, "names": names,
+                                 "seeds": [one[figure][0].mean().item() for one in each]}
+        for figure in ("kl", "drift_kl"):
+            values = [found[figure]["value"] for found in seeds]
+            out[name][figure] = {**mean_over_seeds(values), "seeds": values}
+    return out
+
+
+def difference(figures, one, other, figure):
+    """one - other: {"value", "half" over questions, "over_seeds"}; paired on both sides.
+
+    None if a run lacks the figure. The base has no seeds: its value stands beside each.
+    """
+    a, b = figures.get(one, {}).get(figure), figures.get(other, {}).get(figure)
+    if not a or not b:
+        return None
+    found = {"value": a["value"] - b["value"]}
+    if "each" in a:
+        found = over_questions(a["each"] - b["each"], a["names"])
+    cells = []
+    for i, value in enumerate(a["seeds"]):
+        beside = b["seeds"][i] if len(b["seeds"]) > 1 else b["seeds"][0]
+        cells.append({"runs": {one: {figure: {"value": value}}, other: {figure: {"value": beside}}}})
+    return {**found, "over_seeds": contrast(cells, figure, {one: 1, other: -1})}
+
+
+# --- Tables ----------------------------------------------------------------------------------
+
+
+def text_of(figure):
+    """.123 ± .020, or .123 where there is no interval."""
+    if not figure:
+        return "-"
+    text = f"{figure['value']:.3f}"
+    if "half" in figure:
+        text += f" ± {figure['half']:.3f}"
+    return text
+
+
+def table(figures, names, metrics, titles=TITLES):
+    """A line for each figure, a column for each run."""
+    names = [name for name in names if name in figures]
+    lines = [["", *names]]
+    for metric in metrics:
+        lines.append([titles.get(metric, metric),
+                      *(text_of(figures[name].get(metric)) for name in names)])
+    return markdown(lines)
+
+
+def by_family(figures):
+    """The new families one by one: follows / right under a wrong hint / right without a hint."""
+    names = [name for name in ("base", *ARMS) if name in figures]
+    lines = [["new kind", "wrong hints", *names]]
+    for family in questions.NEW:
+        line = [family, str(figures["base"][f"follows {family}"]["n"])]
+        for name in names:
+            line.append(" / ".join(f"{figures[name][f'{what} {family}']['value']:.2f}"
+                                   for what in ("follows", "right", "clean")))
+        lines.append(line)
+    return markdown(lines)
+
+
+def differences(figures):
+    """Paired differences: over questions, then over seeds."""
+    blocks = []
+    for title, (one, other) in CONTRASTS.items():
+        lines = [[title, "difference", "± over questions", "± over seeds", "clear of zero"]]
+        for metric, name in TITLES.items():
+            found = difference(figures, one, other, metric)
+            if not found:
+                continue
+            halves = [found.get("half"), found["over_seeds"].get("half")]
+            clear = all(half is not None and abs(found["value"]) > half for half in halves)
+            if "half" not in found:                         # a KL has an interval over seeds alone
+                clear = halves[1] is not None and abs(found["value"]) > halves[1]
+            lines.append([name, f"{found['value']:+.3f}",
+                          *("-" if half is None else f"{half:.3f}" for half in halves),
+                          "yes" if clear else "no"])
+        if len(lines) > 1:
+            blocks.append(markdown(lines))
+    return "\n\n".join(blocks)
+
+
+def rates_table(study):
+    """Right under a wrong hint and the loss without a hint, for each rate on validation."""
+    if "scores" not in study:
+        return "Not tried with this preset: the rates are those that `full` chose."
+    arms = list(study["scores"])
+    lines = [["rate", *arms]]
+    for rate in study["scores"][arms[0]]:
+        line = [rate]
+        for arm in arms:
+            right, lost = study["scores"][arm][rate]
+            bold = "**" if study["rates"][arm] == rate else ""
+            line.append(f"{bold}{right:.2f} ({-lost:+.2f}){bold}")
+        lines.append(line)
+    return markdown(lines)
+
+
+def costs_table(study):
+    """Seconds an update and the highest memory of a whole process."""
+    lines = [["flags", "seconds an update", "memory, GB", "threads"]]
+    for cost in study["costs"]:
+        extra = re.search(r"--max-new-tokens \d+ ?(.*)", cost["flags"])[1] or "all weights"
+        lines.append([extra, f"{cost['seconds']:.1f}", f"{cost['bytes'] / 1e9:.1f}",
+                      str(cost["threads"])])
+    return markdown(lines) if len(lines) > 1 else "Not measured with this preset."
+
+
+def transcripts(study):
+    """Six prompts and what each run of the first seed said."""
+    lines = []
+    for one in study["transcripts"]:
+        lines += textwrap.wrap(one["prompt"], 96)
+        for name, said in one["said"].items():
+            text = " ".join(said.split())
+            lines += textwrap.wrap(f"    {name:22}{text}", 96, subsequent_indent=" " * 26)
+        lines.append("")
+    return "```\n" + "\n".join(lines[:-1]) + "\n```"
+
+
+def blocks(study):
+    """Every table of README.md: name -> Markdown."""
+    figures, about = figures_of(study), study["about"]
+    seeds = max(len(found) for found in runs_of(study).values())
+    names = [name for name in figures if name not in ("base", *ARMS)]
+    return {"about": f"`{about['command']}`, {about['date']}, {about['machine']}, "
+                     f"torch {about['torch']}, {seeds} seeds.",
+            "result": table(figures, ("base", *ARMS), TITLES),
+            "families": by_family(figures), "differences": differences(figures),
+            "controls": table(figures, ("base", "opct-exact", *names), TITLES),
+            "rates": rates_table(study), "costs": costs_table(study),
+            "transcripts": transcripts(study), "updates": study["updates"]}
+
+
+def main_table(study):
+    """The most telling rows, for the main README."""
+    return table(figures_of(study), ("base", *ARMS), MAIN)
+
+
+# --- Figure ----------------------------------------------------------------------------------
+
+
+def draw(study, path):
+    """Wrong hints followed, and what is still right: before and after."""
+    plt = pyplot()
+    if plt is None:
+        return
+    figures = figures_of(study)
+    names = [name for name in ("base", *ARMS) if name in figures]
+    panels = (("The user hints at a wrong answer.\nHow often does the model follow?",
+               {"follows_taught": "kinds of question\nseen in training",
+                "follows_new": "kinds never seen\nin training"}),
+              ("No hint.\nHow often is the answer right?",
+               {"clean_taught": "kinds seen\nin training", "clean_new": "kinds\nnever seen",
+                "everyday": "everyday\nquestions", "context": "told by\nthe user"}))
+    fig, axes = plt.subplots(1, 2, figsize=(11, 4.4), width_ratios=(2, 3), layout="constrained")
+    wide = 0.8 / len(names)
+    for ax, (title, groups) in zip(axes, panels):
+        for k, name in enumerate(names):
+            found = [figures[name][metric] for metric in groups]
+            at = np.arange(len(groups)) + (k - (len(names) - 1) / 2) * wide
+            value = [100 * figure["value"] for figure in found]
+            half = [100 * figure["half"] for figure in found]
+            ax.bar(at, value, wide * 0.92, yerr=half, color=plots.STYLE[name][0], label=name,
+                   error_kw={"elinewidth": 0.8, "ecolor": "#444444"})
+            for x, y, h in zip(at, value, half):
+                ax.text(x, y + h + 1, f"{y:.0f}", ha="center", fontsize=8)
+        ax.set(title=title, ylabel="percent of answers")
+        ax.set_xticks(range(len(groups)), groups.values())
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center",
+               ncols=len(names), frameon=False)
+    save_figure(plt, fig, path)
+
+
+# --- Files -----------------------------------------------------------------------------------
+
+
+def readme(study, words):
+    """The text with its {names} replaced by tables. Raises UserError if a name is unknown."""
+    tables = blocks(study)
+
+    def put(found):
+        if found[1] not in tables:
+            raise UserError(f"words.md asks for {found[0]}, which the report does not make")
+        return tables[found[1]]
+
+    return re.sub(r"\{(\w+)\}", put, words)
+
+
+def write_all(study, folder):
+    """The files of a study that has just run. Its answers in words are for a person to write."""
+    folder = Path(folder)
+    write_text(folder / "results.json", json.dumps(study) + "\n")
+    tables = blocks(study)
+    text = "\n\n".join(f"## {name}\n\n{block}" for name, block in tables.items())
+    write_text(folder / "results.md", text + "\n")
+    draw(study, folder / "main.png")
+    show(f"\n{tables['result']}\n\n{tables['transcripts']}\n\nwritten to {folder}: results.json, "
+         "results.md and, with matplotlib, main.png")
+
+
+def committed():
+    return read_json(FOLDER / "results.json", "get it from git again")
+
+
+def publish():
+    """Writes README.md and the figure of this folder."""
+    study = committed()
+    write_text(FOLDER / "README.md", readme(study, (FOLDER / "words.md").read_text()))
+    draw(study, FOLDER / "main.png")
