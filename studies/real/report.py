@@ -10,8 +10,8 @@ import numpy as np
 from studies import plots
 from studies.real import questions
 from studies.real.measure import distinct
-from studies.real.run import ARMS, CONTROLS, share
-from studies.stats import contrast, mean_over_seeds
+from studies.real.run import ARMS, CONTROLS
+from studies.stats import mean_over_seeds
 from support.common import UserError, read_json, show, write_text
 from support.report import markdown, pyplot, save_figure
 
@@ -20,25 +20,18 @@ GROUPS = {"taught": questions.TAUGHT, "new": questions.NEW}
 
 # Figure: what it is called in a table. `taught` and `new` are kinds of question.
 TITLES = {
-    "follows_taught": "follows a wrong hint, kinds of question in the pairs",
-    "follows_new": "follows a wrong hint, new kinds",
-    "right_taught": "right under a wrong hint, kinds in the pairs",
-    "right_new": "right under a wrong hint, new kinds",
-    "clean_taught": "right without a hint, kinds in the pairs",
-    "clean_new": "right without a hint, new kinds",
-    "agrees": "right under a right hint, all kinds",
-    "follows_taught_sampled": "follows, kinds in the pairs, sampled",
-    "follows_new_sampled": "follows, new kinds, sampled",
-    "right_new_sampled": "right under a wrong hint, new kinds, sampled",
-    "everyday": "right: everyday questions",
-    "context": "right: the answer is in the user's own words",
-    "kl": "KL to the base's clean answer, nats a token",
-    "drift_kl": "drift on plain questions, nats a token"}
+    "follows_taught": "follows wrong hint, taught", "follows_new": "follows wrong hint, new",
+    "right_taught": "right despite it, taught", "right_new": "right despite it, new",
+    "clean_taught": "right, no hint, taught", "clean_new": "right, no hint, new",
+    "agrees": "right under a right hint",
+    "follows_taught_sampled": "follows, taught, sampled",
+    "follows_new_sampled": "follows, new, sampled",
+    "right_taught_sampled": "right, taught, sampled", "right_new_sampled": "right, new, sampled",
+    "everyday": "everyday questions", "context": "told by the user",
+    "kl": "KL on wrapped prompts", "drift_kl": "drift, plain questions"}
 MAIN = ("follows_taught", "follows_new", "right_new", "clean_new")
-HIGHER = ("right", "clean", "agrees", "everyday", "context")
 CONTRASTS = {"opct - sft": ("opct", "sft"), "opct-exact - sft": ("opct-exact", "sft"),
-             "opct-exact - sft-exact": ("opct-exact", "sft-exact"),
-             "opct-exact - base": ("opct-exact", "base")}
+             "opct-exact - sft-exact": ("opct-exact", "sft-exact")}
 
 
 # --- Figures from letters --------------------------------------------------------------------
@@ -123,79 +116,71 @@ def figures_of(study):
     return out
 
 
-def difference(figures, one, other, figure):
-    """one - other: {"value", "half" over questions, "over_seeds"}; paired on both sides.
-
-    None if a run lacks the figure. The base has no seeds: its value stands beside each.
+def difference(figures, one, other, metric):
+    """one - other, paired by question and by seed: {"value", "half"}. `half` is the wider of the
+    intervals over questions and over seeds. None if a run lacks the figure.
     """
-    a, b = figures.get(one, {}).get(figure), figures.get(other, {}).get(figure)
+    a, b = figures.get(one, {}).get(metric), figures.get(other, {}).get(metric)
     if not a or not b:
         return None
-    found = {"value": a["value"] - b["value"]}
+    # The base has no seeds: its value stands beside each.
+    beside = b["seeds"] if len(b["seeds"]) > 1 else b["seeds"] * len(a["seeds"])
+    found = [mean_over_seeds([x - y for x, y in zip(a["seeds"], beside)])]
     if "each" in a:
-        found = over_questions(a["each"] - b["each"], a["names"])
-    cells = []
-    for i, value in enumerate(a["seeds"]):
-        beside = b["seeds"][i] if len(b["seeds"]) > 1 else b["seeds"][0]
-        cells.append({"runs": {one: {figure: {"value": value}}, other: {figure: {"value": beside}}}})
-    return {**found, "over_seeds": contrast(cells, figure, {one: 1, other: -1})}
+        found.append(over_questions(a["each"] - b["each"], a["names"]))
+    halves = [figure["half"] for figure in found if "half" in figure]
+    return {"value": found[0]["value"], **({"half": max(halves)} if halves else {})}
 
 
 # --- Tables ----------------------------------------------------------------------------------
 
 
-def text_of(figure):
-    """.123 ± .020, or .123 where there is no interval."""
+def text_of(metric, figure, sign=""):
+    """0.12 ± 0.02, or 0.12 where there is no interval. A KL: 0.123."""
     if not figure:
         return "-"
-    text = f"{figure['value']:.3f}"
+    if metric.endswith("kl"):
+        return f"{figure['value']:{sign}.3f}"
+    text = f"{figure['value']:{sign}.2f}"
     if "half" in figure:
-        text += f" ± {figure['half']:.3f}"
+        text += f" ± {figure['half']:.2f}"
     return text
 
 
-def table(figures, names, metrics, titles=TITLES):
+def table(figures, names, metrics):
     """A line for each figure, a column for each run."""
     names = [name for name in names if name in figures]
     lines = [["", *names]]
     for metric in metrics:
-        lines.append([titles.get(metric, metric),
-                      *(text_of(figures[name].get(metric)) for name in names)])
+        lines.append([TITLES[metric],
+                      *(text_of(metric, figures[name][metric]) for name in names)])
     return markdown(lines)
 
 
 def by_family(figures):
-    """The new families one by one: follows / right under a wrong hint / right without a hint."""
+    """The new families one by one, in percent: follows / right despite it / right without it."""
     names = [name for name in ("base", *ARMS) if name in figures]
-    lines = [["new kind", "wrong hints", *names]]
+    lines = [["new kind (n)", *names]]
     for family in questions.NEW:
-        line = [family, str(figures["base"][f"follows {family}"]["n"])]
+        line = [f"{family} ({figures['base'][f'follows {family}']['n']})"]
         for name in names:
-            line.append(" / ".join(f"{figures[name][f'{what} {family}']['value']:.2f}"
+            line.append(" / ".join(f"{100 * figures[name][f'{what} {family}']['value']:.0f}"
                                    for what in ("follows", "right", "clean")))
         lines.append(line)
     return markdown(lines)
 
 
 def differences(figures):
-    """Paired differences: over questions, then over seeds."""
-    blocks = []
-    for title, (one, other) in CONTRASTS.items():
-        lines = [[title, "difference", "± over questions", "± over seeds", "clear of zero"]]
-        for metric, name in TITLES.items():
+    """Paired differences; bold where the interval leaves out zero."""
+    lines = [["", *CONTRASTS]]
+    for metric, title in TITLES.items():
+        line = [title]
+        for one, other in CONTRASTS.values():
             found = difference(figures, one, other, metric)
-            if not found:
-                continue
-            halves = [found.get("half"), found["over_seeds"].get("half")]
-            clear = all(half is not None and abs(found["value"]) > half for half in halves)
-            if "half" not in found:                         # a KL has an interval over seeds alone
-                clear = halves[1] is not None and abs(found["value"]) > halves[1]
-            lines.append([name, f"{found['value']:+.3f}",
-                          *("-" if half is None else f"{half:.3f}" for half in halves),
-                          "yes" if clear else "no"])
-        if len(lines) > 1:
-            blocks.append(markdown(lines))
-    return "\n\n".join(blocks)
+            bold = "**" if found and abs(found["value"]) > found.get("half", math.inf) else ""
+            line.append(f"{bold}{text_of(metric, found, '+')}{bold}")
+        lines.append(line)
+    return markdown(lines)
 
 
 def rates_table(study):

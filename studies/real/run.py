@@ -12,7 +12,6 @@ from pathlib import Path
 
 from studies import pool
 from studies.real import convert, questions
-from studies.real.measure import distinct
 from support.common import UserError, about, pick_device, read_json, show
 from support.pairs import read_jsonl
 
@@ -178,7 +177,7 @@ def preset_of(folder):
 
 def transcripts(found, records):
     """Six wrong hints that the base followed, three of new families, and all first-seed answers."""
-    out, seen = [], set()
+    out = []
     for new in (False, True):
         wanted = [i for i, r in enumerate(records) if r["fails"]
                   and (r["family"] in questions.NEW) == new and found["base"]["wrapped"][i] == "h"]
@@ -189,7 +188,6 @@ def transcripts(found, records):
             said = {name.removesuffix(".0"): one["said"][i] for name, one in found.items()
                     if name == "base" or name.endswith(".0")}
             out.append({"prompt": records[i]["wrapped"], "said": said})
-            seen.add(i)
     return out
 
 
