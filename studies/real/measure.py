@@ -6,23 +6,22 @@
     b  both of them                                     o  neither
 
 Letters are all that the report needs: every share, and every difference of two checkpoints
-question by question, is counted from them. Answers end at a limit of 24 tokens.
+question by question, is counted from them.
 """
 import argparse
 import time
 from pathlib import Path
 
-import torch
-
-from model import generate, load_checkpoint
-from opct import reverse_kl, score
+from eval import respond, samples_of
+from model import load_checkpoint
 from studies.real.questions import mentions
-from support.common import generator, guarded, pick_device, show, write_json
+from support.common import guarded, pick_device, show, write_json
 from support.pairs import read_jsonl
-from support.tokenizer import chat, decode, load_tokenizer
+from support.statistics import ratio
+from support.tokenizer import chat, load_tokenizer
 
-MAX_NEW_TOKENS = 24
-BATCH = 64
+LIMIT = 24                              # tokens of an answer
+SAMPLED = 2                             # every second wrong hint also gets a sampled answer
 
 
 def letter(record, text):
@@ -30,37 +29,6 @@ def letter(record, text):
     right = any(mentions(text, answer) for answer in record.get("expect", ()))
     hint = any(mentions(text, answer) for answer in record.get("avoid", ()))
     return "orhb"[right + 2 * hint]
-
-
-def answers(model, tokenizer, prompts, temperature, seed):
-    """One answer to each prompt, as text."""
-    tokens = [chat(tokenizer, prompt) for prompt in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: len(tokens[i]))   # like lengths, one batch
-    out = [None] * len(prompts)
-    for at in range(0, len(order), BATCH):
-        rows = order[at:at + BATCH]
-        response, mask = generate(model, [tokens[i] for i in rows], MAX_NEW_TOKENS, temperature,
-                                  generator(seed, "answers", at))
-        for i, ids, keep in zip(rows, response, mask):
-            out[i] = decode(tokenizer, [t for t in ids[keep].tolist()
-                                        if t not in model.config.ends])
-    return out
-
-
-@torch.no_grad()
-def kl_per_token(model, base, tokenizer, records, seed):
-    """KL(model on the wrapped || base on the clean prompt), nats a token of the model's answers.
-
-    What consistency training lowers. Where the two prompts are the same, it is the drift.
-    """
-    total, n = 0.0, 0
-    for at in range(0, len(records), BATCH):
-        some = records[at:at + BATCH]
-        wrapped, clean = ([chat(tokenizer, r[form]) for r in some] for form in ("wrapped", "clean"))
-        response, mask = generate(model, wrapped, MAX_NEW_TOKENS, 1.0, generator(seed, "kl", at))
-        kl = reverse_kl(score(model, wrapped, response, mask), score(base, clean, response, mask))
-        total, n = total + kl.sum().item(), n + len(kl)
-    return {"value": total / n, "n": n}
 
 
 def letters(records, texts):
@@ -75,18 +43,32 @@ def distinct(records):
     return list(found.values())
 
 
-def measure(model, base, tokenizer, records, plain, seed):
-    """All letters of a checkpoint, its two KLs, and its greedy answers to the wrapped prompts."""
-    wrong, clean = [r for r in records if r.get("fails")], distinct(records)
-    said = answers(model, tokenizer, [r["wrapped"] for r in records], 0, seed)
-    sampled = answers(model, tokenizer, [r["wrapped"] for r in wrong], 1.0, seed)
-    unhinted = answers(model, tokenizer, [r["clean"] for r in clean], 0, seed)
-    judged = [r for r in plain if "expect" in r]
-    others = answers(model, tokenizer, [r["clean"] for r in judged], 0, seed)
-    return {"wrapped": letters(records, said), "wrapped_sampled": letters(wrong, sampled),
-            "clean": letters(clean, unhinted), "plain": letters(judged, others),
-            "kl": kl_per_token(model, base, tokenizer, wrong[::5], seed),
-            "drift_kl": kl_per_token(model, base, tokenizer, plain, seed), "said": said}
+def groups(test, plain):
+    """The records that each string of letters is about."""
+    return {"wrapped": test, "sampled": [r for r in test if r["fails"]][::SAMPLED],
+            "clean": distinct(test), "plain": [r for r in plain if "expect" in r]}
+
+
+def measure(model, base, tokenizer, test, plain, seed=0):
+    """The letters of a checkpoint, its two KLs, and its greedy answers to the wrapped prompts."""
+    asked, out = groups(test, plain), {}
+
+    def sampled(records, form):
+        """Texts and KL(model on the form || base on clean), as `eval.py pairs` measures it."""
+        prompts = [[chat(tokenizer, r[name]) for r in records] for name in (form, "clean")]
+        texts, nats, length, _ = samples_of(model, base, tokenizer, *prompts, LIMIT, (seed, form))
+        return texts, ratio(nats, length)
+
+    for name, form in (("wrapped", "wrapped"), ("clean", "clean"), ("plain", "clean")):
+        prompts = [r[form] for r in asked[name]]
+        said = respond(model, tokenizer, prompts, (seed, name), 0.0, LIMIT)
+        out[name] = letters(asked[name], said)
+        if name == "wrapped":
+            out["said"] = said
+    texts, out["kl"] = sampled(asked["sampled"], "wrapped")
+    out["sampled"] = letters(asked["sampled"], texts)
+    _, out["drift_kl"] = sampled(plain, "clean")
+    return out
 
 
 def main():
@@ -99,12 +81,12 @@ def main():
     parser.add_argument("--out", required=True)
     args = parser.parse_args()
     began, device, folder = time.time(), pick_device(), Path(args.questions)
-    records = read_jsonl(folder / f"{args.split}.jsonl")[::args.every]
+    test = read_jsonl(folder / f"{args.split}.jsonl")[::args.every]
     plain = read_jsonl(folder / "plain.jsonl")[::args.every]
     model, base = load_checkpoint(args.run, device), load_checkpoint(args.base, device)
-    found = measure(model, base, load_tokenizer(args.base), records, plain, 0)
+    found = measure(model, base, load_tokenizer(args.base), test, plain)
     write_json(args.out, {**found, "seconds": time.time() - began})
-    show(f"{args.run}: {len(records)} questions in {time.time() - began:.0f} s")
+    show(f"{args.run}: {len(test)} prompts in {time.time() - began:.0f} s")
 
 
 if __name__ == "__main__":

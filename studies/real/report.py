@@ -9,14 +9,14 @@ import numpy as np
 
 from studies import plots
 from studies.real import questions
-from studies.real.measure import distinct
+from studies.real.measure import groups
 from studies.real.run import ARMS, CONTROLS
 from studies.stats import mean_over_seeds
 from support.common import UserError, read_json, show, write_text
 from support.report import markdown, pyplot, save_figure
 
 FOLDER = Path(__file__).parent
-GROUPS = {"taught": questions.TAUGHT, "new": questions.NEW}
+KINDS = {"taught": questions.TAUGHT, "new": questions.NEW}
 
 # Figure: what it is called in a table. `taught` and `new` are kinds of question.
 TITLES = {
@@ -38,45 +38,42 @@ CONTRASTS = {"opct - sft": ("opct", "sft"), "opct-exact - sft": ("opct-exact", "
 
 
 def asked(study):
-    """The records that the letters are about: (test, wrong ones, clean ones, judged plain)."""
+    """The records that each string of letters is about."""
     facts = questions.read_facts(questions.FACTS.read_text(encoding="utf-8"))
-    test = questions.pairs(facts, "test")[::study["every"]]
-    plain = questions.plain(facts)[::study["every"]]
-    return (test, [r for r in test if r["fails"]], distinct(test),
-            [r for r in plain if "expect" in r])
+    return groups(questions.pairs(facts, "test")[::study["every"]],
+                  questions.plain(facts)[::study["every"]])
 
 
-def flags(found, study):
+def flags(found, records_of):
     """Figure -> (0 or 1 for each answer, the question of each): what one run's letters say."""
-    test, wrong, clean, plain = asked(study)
     out = {}
 
-    def put(name, records, letters, good, keep):
+    def put(name, kind, wanted, keep):
+        records, letters = records_of[kind], found[kind]
         if len(records) != len(letters):
             raise UserError("results.json is about other questions than facts.txt makes: run the "
                             "study again")
-        chosen = [(c in good, r["clean"]) for r, c in zip(records, letters) if keep(r)]
+        chosen = [(c == wanted, r["clean"]) for r, c in zip(records, letters) if keep(r)]
         if chosen:
             values, names = zip(*chosen)
             out[name] = np.array(values, dtype=float), names
 
-    for group, families in GROUPS.items():
+    def put_all(group, families):
         def misled(r):
             return r["fails"] and r["family"] in families
-        put(f"follows_{group}", test, found["wrapped"], "h", misled)
-        put(f"right_{group}", test, found["wrapped"], "r", misled)
-        put(f"follows_{group}_sampled", wrong, found["wrapped_sampled"], "h", misled)
-        put(f"right_{group}_sampled", wrong, found["wrapped_sampled"], "r", misled)
-        put(f"clean_{group}", clean, found["clean"], "r", lambda r: r["family"] in families)
+        put(f"follows_{group}", "wrapped", "h", misled)
+        put(f"right_{group}", "wrapped", "r", misled)
+        put(f"follows_{group}_sampled", "sampled", "h", misled)
+        put(f"right_{group}_sampled", "sampled", "r", misled)
+        put(f"clean_{group}", "clean", "r", lambda r: r["family"] in families)
+
+    for kind, families in KINDS.items():
+        put_all(kind, families)
     for family in questions.NEW:
-        put(f"follows {family}", test, found["wrapped"], "h",
-            lambda r: r["fails"] and r["family"] == family)
-        put(f"right {family}", test, found["wrapped"], "r",
-            lambda r: r["fails"] and r["family"] == family)
-        put(f"clean {family}", clean, found["clean"], "r", lambda r: r["family"] == family)
-    put("agrees", test, found["wrapped"], "r", lambda r: not r["fails"])
+        put_all(family, (family,))
+    put("agrees", "wrapped", "r", lambda r: not r["fails"])
     for family in ("everyday", "context"):
-        put(family, plain, found["plain"], "r", lambda r: r["family"] == family)
+        put(family, "plain", "r", lambda r: r["family"] == family)
     return out
 
 
@@ -102,9 +99,9 @@ def runs_of(study):
 def figures_of(study):
     """Run -> figure -> {"value", "half", "n", "seeds"}: the mean over seeds of each question, then
     an interval over questions; `seeds` has the value of each seed."""
-    out = {}
+    out, records_of = {}, asked(study)
     for name, seeds in runs_of(study).items():
-        each = [flags(found, study) for found in seeds]
+        each = [flags(found, records_of) for found in seeds]
         out[name] = {}
         for figure, (_, names) in each[0].items():
             values = np.mean([one[figure][0] for one in each], 0)
@@ -162,9 +159,9 @@ def by_family(figures):
     names = [name for name in ("base", *ARMS) if name in figures]
     lines = [["new kind (n)", *names]]
     for family in questions.NEW:
-        line = [f"{family} ({figures['base'][f'follows {family}']['n']})"]
+        line = [f"{family} ({figures['base'][f'follows_{family}']['n']})"]
         for name in names:
-            line.append(" / ".join(f"{100 * figures[name][f'{what} {family}']['value']:.0f}"
+            line.append(" / ".join(f"{100 * figures[name][f'{what}_{family}']['value']:.0f}"
                                    for what in ("follows", "right", "clean")))
         lines.append(line)
     return markdown(lines)

@@ -126,7 +126,7 @@ def share(text, letters):
 def score_of(found, records):
     """(right under a wrong hint, right without a hint), from the letters of a measurement."""
     wrong = "".join(c for c, r in zip(found["wrapped"], records) if r["fails"])
-    return share(wrong + found["wrapped_sampled"], "r"), share(found["clean"], "r")
+    return share(wrong + found["sampled"], "r"), share(found["clean"], "r")
 
 
 def choose(val, records):
