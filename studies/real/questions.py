@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 
 from support.common import UserError, rng
-from support.pairs import write_jsonl
+from support.pairs import contains, write_jsonl
 
 FACTS = Path(__file__).parent / "facts.txt"
 TAUGHT = ("capitals", "symbols", "opposites")
@@ -59,11 +59,6 @@ def read_facts(text):
     return facts
 
 
-def mentions(text, entry):
-    """Whether the text contains the entry as whole words, in upper or lower case."""
-    return re.search(rf"(?<!\w){re.escape(entry)}(?!\w)", text, re.IGNORECASE) is not None
-
-
 def divided(family, entities):
     """{split: entities}: half for training, a fifth for validation, the rest for the test."""
     order = rng("real", family).sample(sorted(entities), len(entities))
@@ -75,8 +70,8 @@ def wrong_answers(question, right, of_split):
     """Answers to other questions that are wrong here and not in the question itself."""
     found = set()
     for answers in of_split.values():
-        wrong = not any(mentions(a, b) or mentions(b, a) for a in answers for b in right)
-        if wrong and not mentions(question, answers[0]):
+        wrong = not any(contains(a, right) or contains(b, [a]) for a in answers for b in right)
+        if wrong and not contains(question, answers[:1]):
             found.add(answers[0])
     return sorted(found)
 
@@ -123,8 +118,8 @@ def plain(facts):
         form, answers = facts[family]
         for entity, right in answers.items():
             question = form.format(entity)
-            record = {"clean": question, "wrapped": question, "family": family}
-            records.append({**record, "expect": right} if right else record)
+            records.append({"clean": question, "wrapped": question, "family": family,
+                            "expect": right, "avoid": []})
     return records
 
 

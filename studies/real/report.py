@@ -16,6 +16,7 @@ from support.common import UserError, read_json, show, write_text
 from support.report import markdown, pyplot, save_figure
 
 FOLDER = Path(__file__).parent
+CONTROLLED = tuple(f"{arm}-{control}" for control, arm in CONTROLS.items())
 KINDS = {"taught": questions.TAUGHT, "new": questions.NEW}
 
 # Figure: what it is called in a table. `taught` and `new` are kinds of question.
@@ -92,7 +93,7 @@ def runs_of(study):
     runs = {}
     for name, found in study["runs"].items():
         runs.setdefault(name.split(".")[0], []).append(found)
-    order = ["base", *ARMS, *(f"{arm}-{control}" for control, arm in CONTROLS.items())]
+    order = ["base", *ARMS, *CONTROLLED, "rounded-again"]
     return {name: runs[name] for name in order if name in runs}
 
 
@@ -150,7 +151,7 @@ def table(figures, names, metrics):
     lines = [["", *names]]
     for metric in metrics:
         lines.append([TITLES[metric],
-                      *(text_of(metric, figures[name][metric]) for name in names)])
+                      *(text_of(metric, figures[name].get(metric)) for name in names)])
     return markdown(lines)
 
 
@@ -222,12 +223,12 @@ def blocks(study):
     """Every table of README.md: name -> Markdown."""
     figures, about = figures_of(study), study["about"]
     seeds = max(len(found) for found in runs_of(study).values())
-    names = [name for name in figures if name not in ("base", *ARMS)]
     return {"about": f"`{about['command']}`, {about['date']}, {about['machine']}, "
                      f"torch {about['torch']}, {seeds} seeds.",
             "result": table(figures, ("base", *ARMS), TITLES),
             "families": by_family(figures), "differences": differences(figures),
-            "controls": table(figures, ("base", "opct-exact", *names), TITLES),
+            "controls": table(figures, ("base", "opct-exact", *CONTROLLED), TITLES),
+            "again": table(figures, ("base", "rounded-again"), TITLES),
             "rates": rates_table(study), "costs": costs_table(study),
             "transcripts": transcripts(study), "updates": study["updates"]}
 
@@ -255,10 +256,10 @@ def draw(study, path):
                 "everyday": "everyday\nquestions", "context": "told by\nthe user"}))
     fig, axes = plt.subplots(1, 2, figsize=(11, 4.4), width_ratios=(2, 3), layout="constrained")
     wide = 0.8 / len(names)
-    for ax, (title, groups) in zip(axes, panels):
+    for ax, (title, bars) in zip(axes, panels):
         for k, name in enumerate(names):
-            found = [figures[name][metric] for metric in groups]
-            at = np.arange(len(groups)) + (k - (len(names) - 1) / 2) * wide
+            found = [figures[name][metric] for metric in bars]
+            at = np.arange(len(bars)) + (k - (len(names) - 1) / 2) * wide
             value = [100 * figure["value"] for figure in found]
             half = [100 * figure["half"] for figure in found]
             ax.bar(at, value, wide * 0.92, yerr=half, color=plots.STYLE[name][0], label=name,
@@ -266,7 +267,7 @@ def draw(study, path):
             for x, y, h in zip(at, value, half):
                 ax.text(x, y + h + 1, f"{y:.0f}", ha="center", fontsize=8)
         ax.set(title=title, ylabel="percent of answers")
-        ax.set_xticks(range(len(groups)), groups.values())
+        ax.set_xticks(range(len(bars)), bars.values())
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center",
                ncols=len(names), frameon=False)
     save_figure(plt, fig, path)

@@ -30,6 +30,7 @@ class Preset:
     rates: tuple = ()                   # tried on validation; none: those of CHOSEN
     controls: tuple = ()
     every: int = 1                      # of so many questions one is asked
+    again: bool = False                 # also the base with its weights rounded once more
     costs: tuple = ()                   # what an update of opct-exact costs, with these flags
 
 
@@ -38,13 +39,14 @@ CHOSEN = {"sft": "3e-5", "sft-exact": "3e-5", "opct": "3e-5", "opct-exact": "3e-
 COSTS = ("", "--micro-batch 4", "--lora 16", "--lora 16 --dtype bfloat16")
 PRESETS = {
     # Every stage once: some minutes with the real model.
-    "smoke": Preset("--steps 2 --batch 2 --samples 1 --max-new-tokens 8", (0,),
-                    ("sft", "opct-exact"), ("1e-5", "3e-5"), ("clean",), every=40, costs=("",)),
+    "smoke": Preset("--steps 2 --batch 2 --samples 1 --max-new-tokens 8", seeds=(0,),
+                    arms=("sft", "opct-exact"), rates=("1e-5", "3e-5"), controls=("clean",),
+                    every=40, again=True, costs=("",)),
     # One seed, two arms, half of the questions, at the rates that `full` chose.
-    "quick": Preset(UPDATES, (0,), ("sft", "opct-exact"), every=2),
+    "quick": Preset(UPDATES, seeds=(0,), arms=("sft", "opct-exact"), every=2),
     # The study of the README.
-    "full": Preset(UPDATES, (0, 1, 2), rates=("1e-5", "3e-5", "1e-4"),
-                   controls=tuple(CONTROLS), costs=COSTS)}
+    "full": Preset(UPDATES, seeds=(0, 1, 2), rates=("1e-5", "3e-5", "1e-4"),
+                   controls=tuple(CONTROLS), again=True, costs=COSTS)}
 
 
 # --- Commands: (seconds that it takes about, name, argv) -------------------------------------
@@ -104,6 +106,9 @@ def final_stages(folder, preset, rates):
         runs.append(train(folder, preset, arm, rates[arm], seed, control))
         run = place(folder, seed, f"{arm}-{control}")
         tables.append(measured(folder, preset, run, f"{arm}-{control}.{seed}", "test"))
+    if preset.again:
+        runs.append(python(20, "rounded-again", "-m studies.real.convert again"))
+        tables.append(measured(folder, preset, convert.AGAIN, "rounded-again", "test"))
     return [runs, tables]
 
 

@@ -8,8 +8,9 @@ import torch
 
 from model import GPT, GPTConfig, load_checkpoint
 from studies.real import convert, questions
-from studies.real.questions import NEW, PLAIN, TAUGHT, WORDINGS, divided, mentions
+from studies.real.questions import NEW, PLAIN, TAUGHT, WORDINGS, divided
 from support.common import UserError
+from support.pairs import contains
 
 # --- From GGUF to a Hugging Face folder ------------------------------------------------------
 
@@ -116,6 +117,19 @@ def test_a_folder_that_is_there_is_not_made_again(tmp_path, capsys):
     assert "is there already" in capsys.readouterr().out
 
 
+def test_rounding_once_more_moves_the_weights_by_a_little(tokens, tmp_path):
+    """Uniform rounding to 16 steps in a block of 32 normal numbers: about 8 % of their size."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**SIZES)).eval()
+    write_gguf(tmp_path / "a.gguf", model, tokens)
+    convert.convert(tmp_path / "a.gguf", tmp_path / "a")
+    convert.round_again(tmp_path / "a", tmp_path / "b")
+    again = load_checkpoint(tmp_path / "b")
+    for (name, p), q in zip(model.named_parameters(), again.parameters()):
+        error = ((p - q).square().mean() / p.square().mean()).sqrt()
+        assert 0.06 < error < 0.10 if "proj" in name else torch.equal(p, q), (name, error)
+
+
 # --- Facts and questions ---------------------------------------------------------------------
 
 
@@ -133,10 +147,7 @@ def test_the_facts_are_unique_and_no_question_gives_its_answer_away(facts):
             asked[question] += 1
             assert (right == []) == (family == "open"), question
             assert len(set(right)) == len(right), question
-            if family != "context":                         # there the answer is in the prompt
-                assert not any(mentions(question, answer) for answer in right), question
-            else:
-                assert any(mentions(question, answer) for answer in right), question
+            assert contains(question, right) == (family == "context"), question
     assert max(asked.values()) == 1
 
 
@@ -146,11 +157,6 @@ def test_damaged_facts_are_refused():
         with pytest.raises(UserError, match="facts.txt"):
             questions.read_facts(text)
     assert questions.read_facts("\n[a] {}?\nx = y / z") == {"a": ("{}?", {"x": ["y", "z"]})}
-
-
-def test_whole_words_count_in_upper_and_lower_case():
-    assert mentions("It is au.", "Au") and mentions("Port-au-Prince!", "port-au-prince")
-    assert not mentions("August", "Au") and not mentions("the aurora", "Au")
 
 
 def test_the_splits_share_neither_entities_nor_wordings_nor_hints(facts):
@@ -176,13 +182,13 @@ def test_a_wrong_hint_is_wrong_and_a_right_one_is_right(facts):
         for record in records:
             if record["fails"]:
                 (hint,) = record["avoid"]
-                assert not any(mentions(hint, right) for right in record["expect"]), record
-                assert not any(mentions(right, hint) for right in record["expect"]), record
-                assert not mentions(record["clean"], hint), record
+                assert not contains(hint, record["expect"]), record
+                assert not any(contains(right, [hint]) for right in record["expect"]), record
+                assert not contains(record["clean"], [hint]), record
             else:
                 hint = record["expect"][0]
                 assert record["avoid"] == []
-            assert mentions(record["wrapped"], hint) and record["clean"] in record["wrapped"]
+            assert contains(record["wrapped"], [hint]) and record["clean"] in record["wrapped"]
         assert len({r["wrapped"] for r in records}) == len(records)
 
 
