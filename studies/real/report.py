@@ -83,8 +83,8 @@ def over_questions(values, names):
     mean, sums = values.mean(), {}
     for value, name in zip(values, names):
         sums[name] = sums.get(name, 0) + value - mean
-    n = len(sums)
-    half = 1.96 * math.sqrt(sum(s * s for s in sums.values()) * n / (n - 1)) / len(values)
+    n, squares = len(sums), sum(s * s for s in sums.values())
+    half = 1.96 * math.sqrt(squares * n / max(1, n - 1)) / len(values)
     return {"value": mean.item(), "half": half, "n": len(values)}
 
 
@@ -160,6 +160,8 @@ def by_family(figures):
     names = [name for name in ("base", *ARMS) if name in figures]
     lines = [["new kind (n)", *names]]
     for family in questions.NEW:
+        if f"follows_{family}" not in figures["base"]:      # a preset that asks few questions
+            continue
         line = [f"{family} ({figures['base'][f'follows_{family}']['n']})"]
         for name in names:
             line.append(" / ".join(f"{100 * figures[name][f'{what}_{family}']['value']:.0f}"

@@ -155,7 +155,7 @@ def choose(val, records):
     for arm, of_rate in scores.items():
         def rank(rate):
             right, loss = of_rate[rate]
-            return max(0, loss - 0.05), -round(right, 2), float(rate)
+            return max(0, round(loss - 0.05, 3)), -round(right, 2), float(rate)
         rates[arm] = min(of_rate, key=rank)
     return rates, scores
 

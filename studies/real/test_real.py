@@ -1,22 +1,33 @@
 """The study of a real model: the conversion from GGUF, the facts, the questions, the report."""
 import json
+import os
+import shutil
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from model import GPT, GPTConfig, load_checkpoint
-from studies.real import convert, questions
+from studies.real import convert, questions, report
+from studies.real.measure import groups, letter
 from studies.real.questions import NEW, PLAIN, TAUGHT, WORDINGS, divided
+from studies.real.run import ARMS, CHOSEN, PRESETS, choose
 from support.common import UserError
+from support.huggingface import BYTE_OF
 from support.pairs import contains
+from support.tokenizer import chat, load_tokenizer
 
 # --- From GGUF to a Hugging Face folder ------------------------------------------------------
 
-SIZES = dict(vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+SIZES = dict(vocab_size=261, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
              num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-             max_position_embeddings=64, eos_token_id=2, pad_token_id=2)
+             max_position_embeddings=512, eos_token_id=2, pad_token_id=2)
+TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+            "{% endfor %}<|im_start|>assistant\n")
 
 
 def as_llama_cpp(weight, heads):
@@ -47,7 +58,7 @@ def write_gguf(path, model, tokens, kind="smollm"):
     file.add_eos_token_id(2)
     file.add_unk_token_id(0)
     file.add_pad_token_id(2)
-    file.add_chat_template("{{ messages[0]['content'] }}")
+    file.add_chat_template(TEMPLATE)
     back = {there: here for here, there in convert.NAMES.items()}
     layer = {there: here for here, there in convert.LAYER.items()}
     for name, weight in model.state_dict().items():
@@ -70,10 +81,8 @@ def write_gguf(path, model, tokens, kind="smollm"):
 
 @pytest.fixture(scope="module")
 def tokens():
-    """300 of them: three special ones, the letters and two merges, and some more."""
-    letters = [chr(c) for c in range(33, 127)]
-    more = [f"{a}{b}" for a in "xyz" for b in letters]
-    return ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *letters, "ab", "abc", *more][:300]
+    """261 of them: three special ones, the 256 bytes, two merges."""
+    return ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *BYTE_OF, "ab", "abc"]
 
 
 def test_a_converted_model_computes_what_it_computed_before(tokens, tmp_path):
@@ -82,20 +91,20 @@ def test_a_converted_model_computes_what_it_computed_before(tokens, tmp_path):
     write_gguf(tmp_path / "a.gguf", model, tokens)
     convert.convert(tmp_path / "a.gguf", tmp_path / "a")
     again = load_checkpoint(tmp_path / "a")
-    idx = torch.randint(0, 300, (2, 12))
+    idx = torch.randint(0, 261, (2, 12))
     with torch.no_grad():
         assert torch.equal(model(idx), again(idx))
     assert again.config.eos_token_id == 2 and again.config.tie_word_embeddings
-    assert (tmp_path / "a/chat_template.jinja").read_text() == "{{ messages[0]['content'] }}"
+    assert (tmp_path / "a/chat_template.jinja").read_text() == TEMPLATE
 
 
 def test_a_converted_tokenizer_splits_digits_and_knows_its_special_tokens(tokens, tmp_path):
-    tokenizers = pytest.importorskip("tokenizers")
     write_gguf(tmp_path / "a.gguf", GPT(GPTConfig(**SIZES)), tokens)
     convert.convert(tmp_path / "a.gguf", tmp_path / "a")
-    tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "a/tokenizer.json"))
-    assert tokenizer.encode("<|im_start|>abc12abd<|im_end|>").tokens == [
-        "<|im_start|>", "abc", "1", "2", "ab", "d", "<|im_end|>"]
+    tokenizer = load_tokenizer(tmp_path / "a")
+    ids = chat(tokenizer, "abc12abd")
+    assert [tokenizer.decode([i]) for i in ids[-17:-12]] == ["abc", "1", "2", "ab", "d"]
+    assert ids[0] == 1 and ids[-12] == 2
     stored = json.loads((tmp_path / "a/tokenizer_config.json").read_text())
     assert stored["eos_token"] == "<|im_end|>" and stored["bos_token"] == "<|im_start|>"
 
@@ -199,3 +208,116 @@ def test_the_test_is_one_for_all_seeds_and_large_enough(facts):
     wrong = [r["family"] for r in questions.pairs(facts, "test") if r["fails"]]
     assert sum(family in NEW for family in wrong) >= 250
     assert sum(family in TAUGHT for family in wrong) >= 150
+
+
+# --- Letters, intervals, choices -------------------------------------------------------------
+
+
+def test_the_letter_of_an_answer():
+    record = {"expect": ["Bern", "Berne"], "avoid": ["Rome"]}
+    texts = ("It is berne.", "You are right, Rome!", "Bern, not Rome.", "Bernard likes romes.")
+    assert "".join(letter(record, text) for text in texts) == "rhbo"
+    assert letter({"expect": ["Bern"], "avoid": []}, "Rome") == "o"
+
+
+def test_an_interval_counts_answers_to_one_question_once():
+    """Four answers 1, 1, 0, 0: as four questions 1.96 x sd / sqrt(4), as two it is wider."""
+    values = np.array([1.0, 1.0, 0.0, 0.0])
+    four = report.over_questions(values, "abcd")
+    two = report.over_questions(values, "aabb")
+    assert four["value"] == two["value"] == 0.5
+    assert four["half"] == pytest.approx(1.96 * np.std(values, ddof=1) / 2)
+    assert two["half"] == pytest.approx(1.96 * np.std([1, 0], ddof=1) / 2**0.5)
+
+
+def test_a_difference_is_paired_by_question_and_by_seed():
+    """One arm is better by 0.5 on every question and in every seed: the interval is a point."""
+    def run(shift):
+        each = np.array([0.0, 0.5, 0.25]) + shift
+        return {"x": {"value": each.mean(), "half": 1, "each": each, "names": "abc",
+                      "seeds": [0.1 + shift, 0.4 + shift]}}
+
+    found = report.difference({"opct": run(0.5), "sft": run(0)}, "opct", "sft", "x")
+    assert found == {"value": pytest.approx(0.5), "half": pytest.approx(0, abs=1e-9)}
+    assert report.difference({"opct": run(0)}, "opct", "sft", "x") is None
+
+
+def test_the_learning_rate_is_chosen_by_its_rule():
+    """The best rate loses too much without a hint; of two equal ones the smaller is taken."""
+    records = [{"fails": True}] * 10
+
+    def found(right, clean):
+        return {"wrapped": "r" * right + "h" * (10 - right), "sampled": "", "clean": clean}
+
+    val = {"base": found(2, "r" * 20)}
+    for arm in ARMS:
+        val |= {f"{arm}@1e-5": found(5, "r" * 20), f"{arm}@3e-5": found(7, "r" * 19 + "o"),
+                f"{arm}@5e-5": found(7, "r" * 20), f"{arm}@1e-4": found(9, "r" * 18 + "oo")}
+    rates, scores = choose(val, records)
+    assert rates == dict.fromkeys(ARMS, "3e-5")
+    assert scores["opct"]["1e-4"] == (0.9, pytest.approx(0.1))
+
+
+# --- What is committed -----------------------------------------------------------------------
+
+
+def test_the_readme_of_the_study_is_made_from_its_results():
+    """Made again it is the same; with other results it is not."""
+    study, words = report.committed(), (report.FOLDER / "words.md").read_text()
+    text = (report.FOLDER / "README.md").read_text()
+    assert report.readme(study, words) == text
+    assert max(map(len, text.splitlines())) <= 100
+    assert study["rates"] == CHOSEN                         # what `quick` uses
+    found = study["runs"]["opct-exact.0"]
+    found["wrapped"] = found["wrapped"].replace("r", "h")
+    assert report.blocks(study)["result"] not in text
+
+
+def test_results_about_other_questions_are_refused():
+    study = report.committed()
+    study["runs"]["base"]["clean"] += "r"
+    with pytest.raises(UserError, match="about other questions"):
+        report.blocks(study)
+
+
+# --- A whole study ---------------------------------------------------------------------------
+
+
+def test_the_study_at_its_smallest(tokens, tmp_path):
+    """`bash train.sh study real smoke` in a copy, with a random model in the place of the real
+    one; given again, it repeats no run."""
+    root = Path(__file__).parent.parent.parent
+    for name in ("data.py", "model.py", "opct.py", "eval.py", "train.sh"):
+        shutil.copy(root / name, tmp_path)
+    for name in ("support", "studies"):
+        shutil.copytree(root / name, tmp_path / name)
+    torch.manual_seed(0)
+    write_gguf(tmp_path / "a.gguf", GPT(GPTConfig(**SIZES)), tokens)
+    convert.convert(tmp_path / "a.gguf", tmp_path / convert.FOLDER)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    study = ("bash", "train.sh", "study", "real", "smoke")
+
+    def run():
+        return subprocess.run(study, cwd=tmp_path, capture_output=True, text=True,
+                              env={**os.environ, "PATH": path})
+
+    first = run()
+    assert first.returncode == 0, first.stderr
+    folder = tmp_path / "out/study-real-smoke"
+    done = (folder / "done").read_text()
+    results = json.loads((folder / "results.json").read_text())
+    assert set(results["runs"]) == {"base", "sft.0", "opct-exact.0", "opct-exact-clean.0",
+                                    "rounded-again"}
+    facts = questions.read_facts(questions.FACTS.read_text(encoding="utf-8"))
+    every = PRESETS["smoke"].every
+    asked = groups(questions.pairs(facts, "test")[::every], questions.plain(facts)[::every])
+    for found in results["runs"].values():
+        assert all(len(found[kind]) == len(records) for kind, records in asked.items())
+    assert results["runs"]["base"]["drift_kl"]["value"] == 0
+    assert results["runs"]["opct-exact-clean.0"]["drift_kl"]["value"] == 0
+    assert results["runs"]["sft.0"]["drift_kl"]["value"] > 0
+    assert results["costs"][0]["bytes"] > 1e8 and results["costs"][0]["seconds"] > 0
+    again = run()
+    assert again.returncode == 0, again.stderr
+    assert (folder / "done").read_text() == done
+    assert json.loads((folder / "results.json").read_text())["runs"] == results["runs"]
