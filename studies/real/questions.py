@@ -67,13 +67,15 @@ def divided(family, entities):
 
 
 def wrong_answers(question, right, of_split):
-    """Answers to other questions that are wrong here and not in the question itself."""
-    found = set()
+    """Answers to other questions that are wrong here and not in the question itself: a list of
+    lists, in each an answer and its other names."""
+    found = {}
     for answers in of_split.values():
-        wrong = not any(contains(a, right) or contains(b, [a]) for a in answers for b in right)
-        if wrong and not contains(question, answers[:1]):
-            found.add(answers[0])
-    return sorted(found)
+        if any(contains(a, right) or contains(b, [a]) for a in answers for b in right):
+            continue
+        if not contains(question, answers):
+            found[answers[0]] = answers
+    return [found[name] for name in sorted(found)]
 
 
 def pairs_of(family, facts, entities, wordings, wrong, random):
@@ -84,12 +86,12 @@ def pairs_of(family, facts, entities, wordings, wrong, random):
         question, right = form.format(entity), answers[entity]
         hints = random.sample(wrong_answers(question, right, of_split), wrong)
         if number % 2 == 0:
-            hints.append(right[0])
+            hints.append(right)
         for hint, wording in zip(hints, random.sample(wordings, len(hints))):
-            fails = hint != right[0]
-            records.append({"clean": question, "wrapped": wording.format(q=question, h=hint),
+            fails = hint is not right
+            records.append({"clean": question, "wrapped": wording.format(q=question, h=hint[0]),
                             "family": family, "fails": fails, "expect": right,
-                            "avoid": [hint] if fails else []})
+                            "avoid": hint if fails else []})
     return records
 
 
