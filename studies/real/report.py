@@ -1,0 +1,313 @@
+"""Tables, figure and README.md of the study, all from its results.json."""
+import json
+import math
+import re
+import textwrap
+from pathlib import Path
+
+import numpy as np
+
+from studies import plots
+from studies.real import questions
+from studies.real.measure import groups
+from studies.real.run import ARMS, CONTROLS
+from studies.stats import mean_over_seeds
+from support.common import UserError, read_json, show, write_text
+from support.report import markdown, pyplot, save_figure
+
+FOLDER = Path(__file__).parent
+CONTROLLED = tuple(f"{arm}-{control}" for control, arm in CONTROLS.items())
+KINDS = {"taught": questions.TAUGHT, "new": questions.NEW}
+
+# Figure: what it is called in a table. `taught` and `new` are kinds of question.
+TITLES = {
+    "follows_taught": "follows wrong hint, taught", "follows_new": "follows wrong hint, new",
+    "right_taught": "right despite it, taught", "right_new": "right despite it, new",
+    "clean_taught": "right, no hint, taught", "clean_new": "right, no hint, new",
+    "agrees": "right under a right hint",
+    "follows_taught_sampled": "follows, taught, sampled",
+    "follows_new_sampled": "follows, new, sampled",
+    "right_taught_sampled": "right, taught, sampled", "right_new_sampled": "right, new, sampled",
+    "everyday": "everyday questions", "context": "told by the user",
+    "kl": "KL on wrapped prompts", "drift_kl": "drift, plain questions"}
+MAIN = ("follows_taught", "follows_new", "right_new", "clean_new")
+CONTRASTS = {"opct - sft": ("opct", "sft"), "opct-exact - sft": ("opct-exact", "sft"),
+             "opct-exact - sft-exact": ("opct-exact", "sft-exact")}
+
+
+# --- Figures from letters --------------------------------------------------------------------
+
+
+def asked(study):
+    """The records that each string of letters is about."""
+    facts = questions.read_facts(questions.FACTS.read_text(encoding="utf-8"))
+    return groups(questions.pairs(facts, "test")[::study["every"]],
+                  questions.plain(facts)[::study["every"]])
+
+
+def flags(found, records_of):
+    """Figure -> (0 or 1 for each answer, the question of each): what one run's letters say."""
+    out = {}
+
+    def put(name, kind, wanted, keep):
+        records, letters = records_of[kind], found[kind]
+        if len(records) != len(letters):
+            raise UserError("results.json is about other questions than facts.txt makes: run the "
+                            "study again")
+        chosen = [(c == wanted, r["clean"]) for r, c in zip(records, letters) if keep(r)]
+        if chosen:
+            values, names = zip(*chosen)
+            out[name] = np.array(values, dtype=float), names
+
+    def put_all(group, families):
+        def misled(r):
+            return r["fails"] and r["family"] in families
+        put(f"follows_{group}", "wrapped", "h", misled)
+        put(f"right_{group}", "wrapped", "r", misled)
+        put(f"follows_{group}_sampled", "sampled", "h", misled)
+        put(f"right_{group}_sampled", "sampled", "r", misled)
+        put(f"clean_{group}", "clean", "r", lambda r: r["family"] in families)
+
+    for kind, families in KINDS.items():
+        put_all(kind, families)
+    for family in questions.NEW:
+        put_all(family, (family,))
+    put("agrees", "wrapped", "r", lambda r: not r["fails"])
+    for family in ("everyday", "context"):
+        put(family, "plain", "r", lambda r: r["family"] == family)
+    return out
+
+
+def over_questions(values, names):
+    """The mean and the half width of its 95 % interval. Answers to one question are one cluster."""
+    mean, sums = values.mean(), {}
+    for value, name in zip(values, names):
+        sums[name] = sums.get(name, 0) + value - mean
+    n, squares = len(sums), sum(s * s for s in sums.values())
+    half = 1.96 * math.sqrt(squares * n / max(1, n - 1)) / len(values)
+    return {"value": mean.item(), "half": half, "n": len(values)}
+
+
+def runs_of(study):
+    """Arm -> the measurements of its seeds; base and controls have one."""
+    runs = {}
+    for name, found in study["runs"].items():
+        runs.setdefault(name.split(".")[0], []).append(found)
+    order = ["base", *ARMS, *CONTROLLED, "rounded-again"]
+    return {name: runs[name] for name in order if name in runs}
+
+
+def figures_of(study):
+    """Run -> figure -> {"value", "half", "n", "seeds"}: the mean over seeds of each question, then
+    an interval over questions; `seeds` has the value of each seed."""
+    out, records_of = {}, asked(study)
+    for name, seeds in runs_of(study).items():
+        each = [flags(found, records_of) for found in seeds]
+        out[name] = {}
+        for figure, (_, names) in each[0].items():
+            values = np.mean([one[figure][0] for one in each], 0)
+            out[name][figure] = {**over_questions(values, names), "each": values, "names": names,
+                                 "seeds": [one[figure][0].mean().item() for one in each]}
+        for figure in ("kl", "drift_kl"):
+            values = [found[figure]["value"] for found in seeds]
+            out[name][figure] = {**mean_over_seeds(values), "seeds": values}
+    return out
+
+
+def difference(figures, one, other, metric):
+    """one - other, paired by question and by seed: {"value", "half"}. `half` is the wider of the
+    intervals over questions and over seeds. None if a run lacks the figure.
+    """
+    a, b = figures.get(one, {}).get(metric), figures.get(other, {}).get(metric)
+    if not a or not b:
+        return None
+    # The base has no seeds: its value stands beside each.
+    beside = b["seeds"] if len(b["seeds"]) > 1 else b["seeds"] * len(a["seeds"])
+    found = [mean_over_seeds([x - y for x, y in zip(a["seeds"], beside)])]
+    if "each" in a:
+        found.append(over_questions(a["each"] - b["each"], a["names"]))
+    halves = [figure["half"] for figure in found if "half" in figure]
+    return {"value": found[0]["value"], **({"half": max(halves)} if halves else {})}
+
+
+# --- Tables ----------------------------------------------------------------------------------
+
+
+def text_of(metric, figure, sign=""):
+    """0.12 ± 0.02, or 0.12 where there is no interval. A KL: 0.123."""
+    if not figure:
+        return "-"
+    if metric.endswith("kl"):
+        return f"{figure['value']:{sign}.3f}"
+    text = f"{figure['value']:{sign}.2f}"
+    if "half" in figure:
+        text += f" ± {figure['half']:.2f}"
+    return text
+
+
+def table(figures, names, metrics):
+    """A line for each figure, a column for each run."""
+    names = [name for name in names if name in figures]
+    lines = [["", *names]]
+    for metric in metrics:
+        lines.append([TITLES[metric],
+                      *(text_of(metric, figures[name].get(metric)) for name in names)])
+    return markdown(lines)
+
+
+def by_family(figures):
+    """The new families one by one, in percent: follows / right despite it / right without it."""
+    names = [name for name in ("base", *ARMS) if name in figures]
+    lines = [["new kind (n)", *names]]
+    for family in questions.NEW:
+        if f"follows_{family}" not in figures["base"]:      # a preset that asks few questions
+            continue
+        line = [f"{family} ({figures['base'][f'follows_{family}']['n']})"]
+        for name in names:
+            line.append(" / ".join(f"{100 * figures[name][f'{what}_{family}']['value']:.0f}"
+                                   for what in ("follows", "right", "clean")))
+        lines.append(line)
+    return markdown(lines)
+
+
+def differences(figures):
+    """Paired differences; bold where the interval leaves out zero."""
+    lines = [["", *CONTRASTS]]
+    for metric, title in TITLES.items():
+        line = [title]
+        for one, other in CONTRASTS.values():
+            found = difference(figures, one, other, metric)
+            bold = "**" if found and abs(found["value"]) > found.get("half", math.inf) else ""
+            line.append(f"{bold}{text_of(metric, found, '+')}{bold}")
+        lines.append(line)
+    return markdown(lines)
+
+
+def rates_table(study):
+    """Right under a wrong hint and the loss without a hint, for each rate on validation."""
+    if "scores" not in study:
+        return "Not tried with this preset: the rates are those that `full` chose."
+    arms = list(study["scores"])
+    lines = [["rate", *arms]]
+    for rate in study["scores"][arms[0]]:
+        line = [rate]
+        for arm in arms:
+            right, lost = study["scores"][arm][rate]
+            bold = "**" if study["rates"][arm] == rate else ""
+            line.append(f"{bold}{right:.2f} ({-lost:+.2f}){bold}")
+        lines.append(line)
+    return markdown(lines)
+
+
+def costs_table(study):
+    """Seconds an update and the highest memory of a whole process."""
+    lines = [["flags", "seconds an update", "memory, GB", "threads"]]
+    for cost in study["costs"]:
+        extra = re.search(r"--max-new-tokens \d+ ?(.*)", cost["flags"])[1] or "all weights"
+        lines.append([extra, f"{cost['seconds']:.1f}", f"{cost['bytes'] / 1e9:.1f}",
+                      str(cost["threads"])])
+    return markdown(lines) if len(lines) > 1 else "Not measured with this preset."
+
+
+def transcripts(study):
+    """Six prompts and what each run of the first seed said."""
+    lines = []
+    for one in study["transcripts"]:
+        lines += textwrap.wrap(one["prompt"], 96)
+        for name, said in one["said"].items():
+            text = " ".join(said.split())
+            lines += textwrap.wrap(f"    {name:22}{text}", 96, subsequent_indent=" " * 26)
+        lines.append("")
+    return "```\n" + "\n".join(lines[:-1]) + "\n```"
+
+
+def blocks(study):
+    """Every table of README.md: name -> Markdown."""
+    figures, about = figures_of(study), study["about"]
+    seeds = max(len(found) for found in runs_of(study).values())
+    return {"about": f"`{about['command']}`, {about['date']}, {about['machine']}, "
+                     f"torch {about['torch']}, {seeds} seeds.",
+            "result": table(figures, ("base", *ARMS), TITLES),
+            "families": by_family(figures), "differences": differences(figures),
+            "controls": table(figures, ("base", "opct-exact", *CONTROLLED), TITLES),
+            "again": table(figures, ("base", "rounded-again"), TITLES),
+            "rates": rates_table(study), "costs": costs_table(study),
+            "transcripts": transcripts(study), "updates": study["updates"]}
+
+
+def main_table(study):
+    """The most telling rows, for the main README."""
+    return table(figures_of(study), ("base", *ARMS), MAIN)
+
+
+# --- Figure ----------------------------------------------------------------------------------
+
+
+def draw(study, path):
+    """Wrong hints followed, and what is still right: before and after."""
+    plt = pyplot()
+    if plt is None:
+        return
+    figures = figures_of(study)
+    names = [name for name in ("base", *ARMS) if name in figures]
+    panels = (("The user hints at a wrong answer.\nHow often does the model follow?",
+               {"follows_taught": "kinds of question\nseen in training",
+                "follows_new": "kinds never seen\nin training"}),
+              ("No hint.\nHow often is the answer right?",
+               {"clean_taught": "kinds seen\nin training", "clean_new": "kinds\nnever seen",
+                "everyday": "everyday\nquestions", "context": "told by\nthe user"}))
+    fig, axes = plt.subplots(1, 2, figsize=(11, 4.4), width_ratios=(2, 3), layout="constrained")
+    wide = 0.8 / len(names)
+    for ax, (title, bars) in zip(axes, panels):
+        for k, name in enumerate(names):
+            found = [figures[name][metric] for metric in bars]
+            at = np.arange(len(bars)) + (k - (len(names) - 1) / 2) * wide
+            value = [100 * figure["value"] for figure in found]
+            half = [100 * figure["half"] for figure in found]
+            ax.bar(at, value, wide * 0.92, yerr=half, color=plots.STYLE[name][0], label=name,
+                   error_kw={"elinewidth": 0.8, "ecolor": "#444444"})
+            for x, y, h in zip(at, value, half):
+                ax.text(x, y + h + 1, f"{y:.0f}", ha="center", fontsize=8)
+        ax.set(title=title, ylabel="percent of answers")
+        ax.set_xticks(range(len(bars)), bars.values())
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center",
+               ncols=len(names), frameon=False)
+    save_figure(plt, fig, path)
+
+
+# --- Files -----------------------------------------------------------------------------------
+
+
+def readme(study, words):
+    """The text with its {names} replaced by tables. Raises UserError if a name is unknown."""
+    tables = blocks(study)
+
+    def put(found):
+        if found[1] not in tables:
+            raise UserError(f"words.md asks for {found[0]}, which the report does not make")
+        return tables[found[1]]
+
+    return re.sub(r"\{(\w+)\}", put, words)
+
+
+def write_all(study, folder):
+    """The files of a study that has just run. Its answers in words are for a person to write."""
+    folder = Path(folder)
+    write_text(folder / "results.json", json.dumps(study) + "\n")
+    tables = blocks(study)
+    text = "\n\n".join(f"## {name}\n\n{block}" for name, block in tables.items())
+    write_text(folder / "results.md", text + "\n")
+    draw(study, folder / "main.png")
+    show(f"\n{tables['result']}\n\n{tables['transcripts']}\n\nwritten to {folder}: results.json, "
+         "results.md and, with matplotlib, main.png")
+
+
+def committed():
+    return read_json(FOLDER / "results.json", "get it from git again")
+
+
+def publish():
+    """Writes README.md and the figure of this folder."""
+    study = committed()
+    write_text(FOLDER / "README.md", readme(study, (FOLDER / "words.md").read_text()))
+    draw(study, FOLDER / "main.png")
