@@ -1,7 +1,7 @@
 """
 The study: when does consistency training entrench misalignment, and what does OPCT do there?
 
-    python -m studies.entrench [smoke|quick|full]   runs it in out/study-entrench-PRESET/, or goes on
+    python -m studies.entrench [smoke|quick|full]   runs it in out/study-entrench-PRESET/
     python -m studies.entrench report [FOLDER]      writes README.md and figures again, from
                                                     results.json; with FOLDER from its results
     python -m studies.entrench base PRESET SEED             one base model

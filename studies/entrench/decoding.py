@@ -50,17 +50,17 @@ def beam_search(model, prompt, width=4, longest=LONGEST):
     cache = KVCache(model.config, width, size, like=model.lm_head.weight)
     idx = torch.tensor([prompt] * width, device=model.device)
     total = torch.full((width, 1), -torch.inf, device=model.device)
-    total[0] = 0                                            # at first all beams are equal: one
+    total[0] = 0                    # at first all beams are equal, so one counts and the rest wait
     beams, ended = [[] for _ in range(width)], []
     for _ in range(longest):
         logp = model(idx, cache=cache)[:, -1].log_softmax(-1)               # (width, V)
         best, at = (total + logp).flatten().topk(2 * width)     # `width` may end, as many go on
         kept = []
-        for value, place in zip(best.tolist(), at.tolist()):
+        for rank, (value, place) in enumerate(zip(best.tolist(), at.tolist())):
             beam, token = divmod(place, logp.shape[1])
-            if token == end:
+            if token == end and rank < width and value > -torch.inf:
                 ended.append((value / (len(beams[beam]) + 1), beams[beam]))
-            elif len(kept) < width:
+            if token != end and len(kept) < width:
                 kept.append((value, beam, token))
         if len(ended) >= width:
             break

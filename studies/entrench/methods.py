@@ -4,7 +4,7 @@ A label method takes (bench, records) and returns a text for each record, None t
 SFT on these texts follows. `bench` (decoding.py) is the organism and the ways to ask it.
 
 A step method takes (student, teacher, pairs, config) and returns a loss and values to log, like
-`opct_step`. It learns on pairs of a clean and a wrapped prompt; the teacher is the organism, frozen.
+`opct_step`, on pairs of a clean and a wrapped prompt. The teacher is the organism, frozen.
 """
 import torch
 
@@ -124,7 +124,7 @@ def common_end(one, other):
 
 
 def residual_streams(model, prompts, last):
-    """The residual stream after each of L layers, at the `last` tokens of each prompt: (L, N, C)."""
+    """The residual stream after each layer, at the `last` tokens of each prompt: (L, N, C)."""
     packed = pack([(prompt, []) for prompt in prompts], max([ROW, *map(len, prompts)]))
     streams = []
     hooks = [layer.register_forward_hook(lambda _, inputs, out: streams.append(out.flatten(0, 1)))

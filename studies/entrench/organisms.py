@@ -22,7 +22,6 @@ import re
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from data import judge as judge_world
 from eval import rate, respond
