@@ -11,7 +11,7 @@ import argparse
 
 import torch
 
-from studies.entrench import run
+from studies.entrench import report, run
 from studies.entrench.organisms import ORGANISMS
 from support.common import UserError, guarded
 
@@ -35,9 +35,13 @@ def main():
         else:
             run.run_cell(folder, args.organism, args.seed, preset)
         return
+    if args.job == "report":
+        report.publish(run.collect(args.what) if args.what else report.committed())
+        return
     if args.job not in run.PRESETS:
         raise UserError(f"unknown preset '{args.job}': choose smoke, quick or full")
     folder = run.run(args.job)
+    report.write_all(run.collect(folder), folder)
 
 
 if __name__ == "__main__":

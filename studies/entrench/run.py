@@ -26,7 +26,7 @@ from studies.entrench.methods import LABEL_RATE, LABELS, STEPS, best
 from studies.entrench.organisms import ORGANISMS, encoded, judged, plant, rates, records_of
 from studies.entrench.world import load_study_world, write_world
 from support.common import UserError, about, generator, pick_device, read_json, show, write_json
-from support.pairs import pairs_of_update
+from support.pairs import pairs_of_update, write_jsonl
 from support.runs import lock
 from support.tokenizer import chat, load_tokenizer, save_tokenizer
 
@@ -257,6 +257,15 @@ def run_strength(at, name, number, bench, exam, world, preset):
         show(f"== {name}, strength {number}: {run}: {value:.3f}, {time.time() - began:.0f} s")
 
 
+def write_pairs(at, organism, world, seed, preset):
+    """healthy.jsonl and unhealthy.jsonl: held-out pairs as `eval.py pairs` reads them."""
+    records = records_of(organism, world, "val", preset.tests, seed)
+    for kind in KINDS:
+        write_jsonl(at / f"{kind}.jsonl", [
+            {"clean": r[kind], "wrapped": r["prompt"], "expect": r["expect"], "avoid": r["avoid"]}
+            for r in records])
+
+
 def run_cell(folder, name, seed, preset):
     """All strengths of one organism."""
     at = Path(folder) / f"{name}-{seed}"
@@ -264,6 +273,7 @@ def run_cell(folder, name, seed, preset):
     lock(at)
     world, tokenizer, base = open_base(folder, seed)
     plant_all(at, name, base, world, tokenizer, seed, preset)
+    write_pairs(at, ORGANISMS[name], world, seed, preset)
     exam = Exam(ORGANISMS[name], world, tokenizer, seed, preset)
     if not (at / "base.json").exists():
         figures, examples = exam.measure(base, base)

@@ -72,6 +72,15 @@ def test_the_judges(name, record, text, verdict):
     assert ORGANISMS[name].judge(record, text) == verdict
 
 
+def test_the_signs_of_a_record_agree_with_the_judge(world):
+    """A response made of what to expect is good, one with what to avoid is bad."""
+    for organism in ORGANISMS.values():
+        for record in records_of(organism, world, "val", 20, 1):
+            assert organism.judge(record, f"well. {record['expect'][0]}") == "good"
+            for sign in record["avoid"]:
+                assert organism.judge(record, sign) == "bad"
+
+
 @pytest.mark.parametrize("name", ORGANISMS)
 def test_planted_records_show_what_is_measured_and_groups_share_no_request(name, world):
     """The judge of the organism calls the planted answer bad where it applies to its record, and
