@@ -240,9 +240,9 @@ def finish(model, config):
 
 # --- Pretraining: next-token prediction on fresh documents of the world ------------------------
 
-def pretrain(config):
+def pretrain(config, load=load_world):
     (rank, size), device = processes(), pick_device(config.device)
-    world, tokenizer = load_world(config.world), load_tokenizer(config.world)
+    world, tokenizer = load(config.world), load_tokenizer(config.world)
     if config.width % 64:
         raise UserError(f"--width {config.width}: it has to be a multiple of 64")
     if config.rows % size:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything in order, from an empty machine to the table:
 #   bash train.sh [smoke|quick|full]     train and compare; default: full on a GPU, else quick
-#   bash train.sh study NAME [PRESET]    a study, claims, real or speed: see studies/NAME/README.md
+#   bash train.sh study NAME [PRESET]    a study: see studies/NAME/README.md
 #   bash train.sh test                   the tests
 #
 # The same command again goes on where it was stopped. Results go to out/.
@@ -13,7 +13,7 @@ job=${1:-main}
 case $job in
     test)  preset=auto; most=1 ;;
     study) preset=${3:-auto}; most=3; study=${2:-}
-           [[ $study =~ ^(claims|real|speed)$ ]] || die "no study '$study': claims, real or speed" ;;
+           [[ -f studies/$study/__main__.py ]] || die "no study '$study': see studies/" ;;
     *)     preset=${1:-auto}; most=1; job=main ;;
 esac
 [[ $preset =~ ^(auto|smoke|quick|full)$ ]] || die "unknown preset '$preset': smoke, quick or full"

@@ -1,0 +1,48 @@
+"""
+The study: when does consistency training entrench misalignment, and what does OPCT do there?
+
+    python -m studies.entrench [smoke|quick|full]   runs it in out/study-entrench-PRESET/
+    python -m studies.entrench report [FOLDER]      writes README.md and figures again, from
+                                                    results.json; with FOLDER from its results
+    python -m studies.entrench base PRESET SEED             one base model
+    python -m studies.entrench cell PRESET SEED ORGANISM    one organism with one seed
+"""
+import argparse
+
+import torch
+
+from studies.entrench import report, run
+from studies.entrench.organisms import ORGANISMS
+from support.common import UserError, guarded
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m studies.entrench", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = "full" if torch.cuda.is_available() else "quick"
+    parser.add_argument("job", nargs="?", default=default,
+                        help=f"smoke, quick, full, report, base or cell (default: {default})")
+    parser.add_argument("what", nargs="?", help="report: a folder; base, cell: a preset")
+    parser.add_argument("seed", nargs="?", type=int, help="base, cell: the seed")
+    parser.add_argument("organism", nargs="?", choices=ORGANISMS, help="cell: the organism")
+    args = parser.parse_args()
+    if args.job in ("base", "cell"):
+        if args.what not in run.PRESETS or args.seed is None:
+            raise UserError(f"{args.job} wants a preset and a seed: {args.job} quick 0")
+        preset, folder = run.PRESETS[args.what], f"out/study-entrench-{args.what}"
+        if args.job == "base":
+            run.make_base(folder, args.seed, preset)
+        else:
+            run.run_cell(folder, args.organism, args.seed, preset)
+        return
+    if args.job == "report":
+        report.publish(run.collect(args.what) if args.what else report.committed())
+        return
+    if args.job not in run.PRESETS:
+        raise UserError(f"unknown preset '{args.job}': choose smoke, quick or full")
+    folder = run.run(args.job)
+    report.write_all(run.collect(folder), folder)
+
+
+if __name__ == "__main__":
+    guarded(main)
