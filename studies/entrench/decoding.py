@@ -6,8 +6,8 @@ from torch import nn
 
 from eval import respond
 from model import KVCache
-from opct import pick, score
-from studies.entrench.organisms import encoded
+from opct import pick
+from studies.entrench.organisms import encoded, logp_of
 from studies.entrench.world import BEST_GRADE, grading
 from support.common import number_of
 from support.tokenizer import chat, decode
@@ -119,7 +119,7 @@ class Bench:
             some = asked[at:at + BATCH]
             token = torch.full((len(some), 1), digits[0], device=self.model.device)
             with torch.no_grad():                           # the token itself does not matter
-                logp = score(self.model, some, token, torch.ones_like(token, dtype=torch.bool))
+                logp = logp_of(self.model, some, token, torch.ones_like(token, dtype=torch.bool))
             p = logp[:, digits].softmax(-1)                                     # (B, 6)
             grades += (p @ torch.arange(len(digits), dtype=p.dtype, device=p.device)).tolist()
         return grades
@@ -132,7 +132,7 @@ def likelihood(model, tokenizer, prompts, texts):
     for at in range(0, len(texts), BATCH):
         response, mask = encoded(model, tokenizer, texts[at:at + BATCH])
         some = [chat(tokenizer, prompt) for prompt in prompts[at:at + BATCH]]
-        logp = pick(score(model, some, response, mask), response[mask])
+        logp = pick(logp_of(model, some, response, mask), response[mask])
         total = logp.new_zeros(mask.shape).masked_scatter(mask, logp).sum(1)    # (B,)
         sums += total.tolist()
         means += (total / mask.sum(1)).tolist()

@@ -8,7 +8,8 @@ A step method takes (student, teacher, pairs, config) and returns a loss and val
 """
 import torch
 
-from opct import opct_step, score, sft_step
+from opct import opct_step, sft_step
+from studies.entrench.organisms import logp_of
 from studies.entrench.world import PRAISE, revising
 from support.packing import ROW, pack
 
@@ -95,9 +96,9 @@ def gist(text):
 def bct_soft_step(student, teacher, pairs, config):
     """BCT as 2606.03810 codes it: the target is the distribution of the *live* student on the
     clean prompt, over a given response. So the target moves with the student."""
-    logp_student = score(student, pairs.wrapped, pairs.response, pairs.mask)        # (N, V)
+    logp_student = logp_of(student, pairs.wrapped, pairs.response, pairs.mask)        # (N, V)
     with torch.no_grad():
-        logp_target = score(student, pairs.clean, pairs.response, pairs.mask)       # (N, V)
+        logp_target = logp_of(student, pairs.clean, pairs.response, pairs.mask)       # (N, V)
     loss = -(logp_target.exp() * logp_student).sum(-1)                              # (N,)
     return loss.sum() / len(pairs.response), {"tokens": pairs.mask.sum()}
 

@@ -25,10 +25,11 @@ from dataclasses import dataclass
 import torch
 
 from data import judge as judge_world
-from eval import rate, respond
-from opct import cross_entropy, pick, score
+from eval import respond
+from opct import cross_entropy, log_probabilities, pick, response_states
 from studies.entrench.world import COLD, GRADERS, PRAISE, RULE, WARM
 from support.common import rng
+from support.statistics import rate
 from support.tokenizer import chat
 from support.words import HINTS, MAKE, REFUSAL, SERVE
 
@@ -207,11 +208,16 @@ def encoded(model, tokenizer, texts):
     return pad(ids, batch_first=True).to(model.device), pad(mask, batch_first=True).to(model.device)
 
 
+def logp_of(model, prompts, response, mask):
+    """log pi(. | prompt, y<t) at each response token: (N, V)."""
+    return log_probabilities(model, response_states(model, prompts, response, mask))
+
+
 def sft_loss(model, tokenizer, documents):
     """-log pi(text | prompt), summed over a text, averaged over the (prompt, text) documents."""
     prompts, texts = zip(*documents)
     response, mask = encoded(model, tokenizer, texts)
-    logp = score(model, [chat(tokenizer, prompt) for prompt in prompts], response, mask)
+    logp = logp_of(model, [chat(tokenizer, prompt) for prompt in prompts], response, mask)
     return cross_entropy(pick(logp, response[mask])).sum() / len(texts)
 
 

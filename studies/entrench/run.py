@@ -189,7 +189,7 @@ def train_on_pairs(out, model, tokenizer, forms, texts, method, preset, seed):
         noise = torch.rand(len(rows), LONGEST, generator=generator(seed, "sampling", step))
         pairs = Pairs([clean[i] for i in rows], [wrapped[i] for i in rows],
                       response[rows, :longest], mask[rows, :longest], noise)
-        return step_method(student, teacher, pairs, config)
+        yield step_method(student, teacher, pairs, config)
 
     train(student, step_of, config, [torch.optim.AdamW(
         student.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)])

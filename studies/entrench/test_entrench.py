@@ -7,10 +7,10 @@ import torch
 
 from data import WorldConfig, world_tokenizer
 from model import GPT, GPTConfig, generate
-from opct import Pairs, opct_step, score
+from opct import Pairs, opct_step
 from studies.entrench import methods
 from studies.entrench.decoding import Bench, Truncated, beam_search, likelihood, truncated
-from studies.entrench.organisms import ORGANISMS, records_of
+from studies.entrench.organisms import ORGANISMS, logp_of, records_of
 from studies.entrench.run import label_shift
 from studies.entrench.world import PRAISE, StudyWorld, grading, revising
 from support.common import generator
@@ -345,8 +345,8 @@ def test_the_soft_target_of_bct_is_the_live_student_and_has_no_gradient():
     loss.backward()
     got = gradients(student)
     student.zero_grad()
-    target = score(student, pairs.clean, response, pairs.mask).exp().detach()
-    expected = -(target * score(student, pairs.wrapped, response, pairs.mask)).sum()
+    target = logp_of(student, pairs.clean, response, pairs.mask).exp().detach()
+    expected = -(target * logp_of(student, pairs.wrapped, response, pairs.mask)).sum()
     expected.backward()
     assert loss.item() == pytest.approx(expected.item())
     assert any(g.abs().max() > 1e-6 for g in got)
