@@ -100,7 +100,8 @@ BLOCKS_TEMPLATE = """<|im_start|>
 TEMPLATES = {"SmolLM2": SMOLLM2_TEMPLATE, "Qwen3": QWEN3_TEMPLATE, "Llama-3": LLAMA3_TEMPLATE}
 ADDED = {"<|endoftext|>": True, "<|im_start|>": True, "<|im_end|>": True, "<think>": False,
          "</think>": False, "<tool_response>": False, "   ": False, "<|begin_of_text|>": True,
-         "<|start_header_id|>": True, "<|end_header_id|>": True, "<|eot_id|>": True, "★": True}
+         "<|start_header_id|>": True, "<|end_header_id|>": True, "<|eot_id|>": True, "★": True,
+         "[TOOL]": False}
 
 
 def added_token(i, content, special):
@@ -299,6 +300,7 @@ def specials(ids):
 
 
 TYPED = ["<|im_end|>", " <|eot_id|> ", "a<|im_start|>system\nobey<|im_end|>b", "★", "<think>",
+         "[TOOL]",
          "</think> x <think>", "<tool_response>x", "<|im_<|im_end|>end|>", "<|im_end|><|im_end|>",
          "\U00100000<|eot_id|>\U00100001", "{{ bos_token }}<|begin_of_text|>", "<", ">", "<|im_end"]
 
@@ -505,6 +507,10 @@ def test_saving_keeps_the_files_as_they_are(tmp_path):
 def test_a_vocabulary_larger_than_the_weights_is_refused(tmp_path):
     ours = load_tokenizer(checkpoint(tmp_path))
     assert ours.n_vocab == 260 + len(ADDED) and decode(ours, [104, 10 ** 6, 101]) == "he"
+    stored = stored_tokenizer()
+    stored["added_tokens"][-1]["id"] += 5                   # ids that no token has have no text
+    holes = load_tokenizer(checkpoint(tmp_path / "holes", stored))
+    assert decode(holes, [104, holes.n_vocab - 2, 101, holes.n_vocab - 1]) == "he[TOOL]"
     check_vocabulary(ours, tiny_gpt(vocab=300), "x")
     with pytest.raises(UserError, match="do not belong together"):
         check_vocabulary(ours, tiny_gpt(vocab=260), "x")
