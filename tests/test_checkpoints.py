@@ -276,6 +276,9 @@ def test_any_of_several_ends_a_response_and_counts_once(pad):
     assert found == expected
     assert {y[-1] for y in found} > {3, 4, 9}               # each of them, and some were cut
     assert (response[~mask] == (pad or 0)).all()
+    model.config.eos_token_id = list(range(1, 11))
+    response, mask = generate(model, prompts, 20, noise=noise)
+    assert response.shape[1] == mask.sum(1).max() < 20      # it stops when all have ended
 
 
 def test_a_list_of_one_end_is_that_end():

@@ -57,7 +57,9 @@ def test_values_in_config_json(data, tmp_path):
         save_checkpoint(tiny_gpt(dtype=torch.float32), tmp_path)
         (tmp_path / "kept.json").write_text((tmp_path / "config.json").read_text())
     config = json.loads((tmp_path / "kept.json").read_text())
-    names = st.sampled_from([*config, "rope_scaling", "rope_parameters", "attention_bias"])
+    names = st.sampled_from([*config, "rope_parameters", "partial_rotary_factor", "layer_types",
+                             "use_sliding_window", "sliding_window", "max_window_layers",
+                             "attention_bias", "quantization_config"])
     config.update(data.draw(st.dictionaries(names, JSON, min_size=1, max_size=3)))
     (tmp_path / "config.json").write_text(json.dumps(config))
     try:
