@@ -61,7 +61,7 @@ def run_of(preset, point, arm, rate):
 def make_world(folder, preset, seed, point):
     name = f"llama-{seed}/{world_of(preset, point)}"
     text = f"data.py --out {folder}/{name} --seed {seed} {preset.world} --pairs {point.flag}"
-    return python(3, name, text)
+    return python(preset.cost["world"], name, text)
 
 
 def train(folder, preset, seed, point, arm, rate):
@@ -76,7 +76,7 @@ def measure(folder, preset, seed, point):
     runs = " ".join(f"{at}/{run_of(preset, point, arm, point.rates[arm])}" for arm in ARMS)
     text = (f"-m studies.claims.memory {at}/base {runs} --world {at}/{world_of(preset, point)} "
             f"--out {at}/{file_of(point)} --seed {seed}")
-    return python(45, f"llama-{seed}/measure-{Path(file_of(point)).stem}", text)
+    return python(preset.cost["point"], f"llama-{seed}/measure-{Path(file_of(point)).stem}", text)
 
 
 def file_of(point):
@@ -98,7 +98,7 @@ def first_stages(folder, preset, rates):
         tried = [(arm, rate) for rate in preset.map_rates for arm in ARMS]
         runs += [train(folder, preset, seed, second, arm, rate) for arm, rate in tried]
         names = [run_of(preset, second, arm, rate) for arm, rate in tried]
-        tables.append(compare(folder, ("llama", seed), "map/grid", names, "val", 1))
+        tables.append(compare(folder, ("llama", seed), "map/grid", names, "val", preset))
     return [once(worlds), once(runs), tables]
 
 

@@ -10,7 +10,7 @@ A *cell* is one base model, a family and a seed such as llama-0, and everything 
 5. The map (map.py): other numbers of pairs and updates, on some of the seeds.
 """
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -22,6 +22,13 @@ CONTROLS = {"sft-clean": ("sft", "clean"), "opct-clean": ("opct", "clean"),
             "opct-shuffled": ("opct", "shuffled")}
 TARGETS = ("base", *ARMS)               # what is attacked
 LEARNT = ("capability_math", "capability_facts", "capability_instructions")
+
+
+# Seconds of a core: a command's start, an update of each method, a column of a table, and so on.
+COST = {"world": 3, "base": 300, "start": 5, "sft": 0.4, "opct": 0.5, "attacker": 30, "pool": 70,
+        "column": 6, "point": 45}
+SMALL = {"world": 3, "base": 6, "start": 4, "sft": 0.1, "opct": 0.1, "attacker": 6, "pool": 6,
+         "column": 0.5, "point": 6}
 
 
 @dataclass
@@ -41,6 +48,7 @@ class Preset:
     map_updates: tuple      # the first is that of the cells
     map_rates: tuple        # of the second reading of the learning rates
     others: tuple = ("qwen2", "qwen3")
+    cost: dict = field(default_factory=COST.copy)
 
 
 RATES = ("1e-4", "3e-4", "6e-4", "1e-3", "2e-3", "4e-3")
@@ -52,8 +60,8 @@ PRESETS = {
     "smoke": Preset("--cities 12 --lands 4 --recipes 6 --things 12 --pairs 8 --tests 12",
                     "--steps 20 --rows 8 --layers 2 --width 64",
                     "--steps 4 --batch 8 --samples 2",
-                    "--steps 2 --group 4 --attempts 4", 4, ("3e-4", "1e-3"), (0,), (), (0,),
-                    (0,), (2, 8), (4, 8), ("3e-4",)),
+                    "--steps 2 --group 4 --attempts 4", 4, ("1e-3",), (0,), (), (0,),
+                    (0,), (2, 8), (4, 8), ("3e-4",), cost=SMALL),
     # All questions with few seeds: about an hour on 2 CPU cores.
     "quick": Preset("", BASE, RUNS, ATTACKER, 64, RATES, (0, 1), (), (0,), (0, 1), (3, 24),
                     (60, 240), ("3e-4", "6e-4", "1e-3")),
@@ -88,17 +96,18 @@ def consistency(folder, cell, name, arm, rate, preset, more=""):
     at = f"{folder}/{cell[0]}-{cell[1]}"
     flags = (f"--base {at}/base --pairs {at}/world/train.jsonl --out {at}/{name} --loss {loss} "
              f"--lr {rate} --seed {cell[1]} {preset.runs} {more}").split()
-    seconds = 5 + value_of("--steps", flags) * (0.4 if method == "sft" else 0.5)
+    seconds = preset.cost["start"] + value_of("--steps", flags) * preset.cost[method]
     return python(seconds, f"{cell[0]}-{cell[1]}/{name}", f"opct.py {method} {' '.join(flags)}")
 
 
-def compare(folder, cell, out, names, split, attempts):
+def compare(folder, cell, out, names, split, preset, attempts=1):
     """One table of a cell: the base and the runs of these names."""
     at = f"{folder}/{cell[0]}-{cell[1]}"
     checkpoints = " ".join(f"{at}/{name}" for name in ("base", *names))
     text = (f"eval.py compare {checkpoints} --world {at}/world --out {at}/{out} --split {split} "
             f"--attempts {attempts} --seed {cell[1]}")
-    return python(6 * (len(names) + 1), f"{cell[0]}-{cell[1]}/compare-{split}-{out}", text)
+    seconds = preset.cost["start"] + preset.cost["column"] * (len(names) + 2)
+    return python(seconds, f"{cell[0]}-{cell[1]}/compare-{split}-{out}", text)
 
 
 def first_stages(folder, preset):
@@ -106,11 +115,11 @@ def first_stages(folder, preset):
     worlds, bases, runs, tables = [], [], [], []
     for family, seed in cells_of(preset):
         at = f"{family}-{seed}"
-        worlds.append(python(3, f"{at}/world", f"data.py --out {folder}/{at}/world --seed {seed} "
-                             + preset.world))
-        bases.append(python(300, f"{at}/base", f"opct.py pretrain --world {folder}/{at}/world "
-                            f"--out {folder}/{at}/base --family {family} --seed {seed} "
-                            + preset.base))
+        worlds.append(python(preset.cost["world"], f"{at}/world", f"data.py --out "
+                             f"{folder}/{at}/world --seed {seed} {preset.world}"))
+        bases.append(python(preset.cost["base"], f"{at}/base", f"opct.py pretrain --world "
+                            f"{folder}/{at}/world --out {folder}/{at}/base --family {family} "
+                            f"--seed {seed} {preset.base}"))
     for seed in preset.grid_seeds:
         cell, names = ("llama", seed), []
         for rate in preset.rates:
@@ -118,7 +127,7 @@ def first_stages(folder, preset):
                 names.append(f"grid/{arm}@{rate}")
                 runs.append(consistency(folder, cell, names[-1], arm, rate, preset))
         for split in ("val", "test"):
-            tables.append(compare(folder, cell, f"grid/{split}", names, split, 1))
+            tables.append(compare(folder, cell, f"grid/{split}", names, split, preset))
     return [worlds, bases, runs, tables]
 
 
@@ -140,12 +149,14 @@ def second_stages(folder, preset, rates):
             for luck in (f"{seed}", f"1{seed}", f"2{seed}"):            # three attackers a target
                 text = (f"-m studies.claims.attack --target {at}/{name} --base {at}/base "
                         f"--world {at}/world --seed {luck} " + preset.attacker)
-                attackers.append(python(30, f"{family}-{seed}/{name}-attacker-{luck}", text))
+                attackers.append(python(preset.cost["attacker"],
+                                        f"{family}-{seed}/{name}-attacker-{luck}", text))
         checkpoints = " ".join(f"{at}/{name}" for name in TARGETS)
-        tables.append(python(70, f"{family}-{seed}/pool", f"-m studies.claims.pool_attack "
+        tables.append(python(preset.cost["pool"], f"{family}-{seed}/pool",
+                             f"-m studies.claims.pool_attack "
                              f"{checkpoints} --world {at}/world --out {at}/pool.json "
                              f"--size {preset.attempts} --seed {seed}"))
-        tables.append(compare(folder, cell, ".", names, "test", preset.attempts))
+        tables.append(compare(folder, cell, ".", names, "test", preset, preset.attempts))
     return [runs, attackers, tables]
 
 
