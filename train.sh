@@ -31,13 +31,13 @@ fi
 # Keep freed memory: by default it goes back to the system, which makes a CPU run 10 % slower.
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647
 
-[ $job = test ] && exec $python -m pytest -q
+many=$($python -c "import xdist" 2>/dev/null && echo "-n auto --dist worksteal" || true)
+[ $job = test ] && OMP_NUM_THREADS=1 exec $python -m pytest -q $many    # all cores with xdist
 [ $job = study ] && exec $python -m studies.$study ${3:-}
 default="import torch; print('full' if torch.cuda.is_available() else 'quick')"
 [ $preset = auto ] && preset=$($python -c "$default")
 
-# Learning rates: chosen by studies/claims with the preset quick. Minutes, on 2 CPU cores: of the
-# base model, of each consistency run, of the comparison.
+# Learning rates: chosen by studies/claims. Minutes, on 2 CPU cores: base, each run, comparison.
 world=""; sft=6e-4; sft_exact=6e-4; opct=1e-3; opct_exact=3e-4; attempts=64
 case $preset in
     smoke) # every stage once, with models that know nothing
