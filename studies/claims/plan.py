@@ -153,9 +153,8 @@ def second_stages(folder, preset, rates):
                                         f"{family}-{seed}/{name}-attacker-{luck}", text))
         checkpoints = " ".join(f"{at}/{name}" for name in TARGETS)
         tables.append(python(preset.cost["pool"], f"{family}-{seed}/pool",
-                             f"-m studies.claims.pool_attack "
-                             f"{checkpoints} --world {at}/world --out {at}/pool.json "
-                             f"--size {preset.attempts} --seed {seed}"))
+                             f"-m studies.claims.pool_attack {checkpoints} --world {at}/world "
+                             f"--out {at}/pool.json --size {preset.attempts} --seed {seed}"))
         tables.append(compare(folder, cell, ".", names, "test", preset, preset.attempts))
     return [runs, attackers, tables]
 

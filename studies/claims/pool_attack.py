@@ -80,24 +80,22 @@ def matrix(attacks, targets, names, seed):
 
 
 def attack_all(args):
-    weights = same_world(args.targets, args.world)
-    device, world, tokenizer = (pick_device(args.device), load_world(args.world),
-                                load_tokenizer(args.world))
-    targets, attacks, found = {}, {}, {"weights": {}}
-    for folder, of_folder in zip(args.targets, weights):
-        name = Path(folder).name
+    device, world = pick_device(args.device), load_world(args.world)
+    names = [Path(folder).name for folder in args.targets]
+    weights = dict(zip(names, same_world(args.targets, args.world)))
+    tokenizer, targets, attacks = load_tokenizer(args.world), {}, {}
+    for name, folder in zip(names, args.targets):
         targets[name] = judge_of(load_checkpoint(folder, device), tokenizer, world)
-        attacks[name], found["weights"][name] = attacks_on(folder, of_folder), of_folder
+        attacks[name] = attacks_on(folder, weights[name])
     same_means(attacks)
     to_choose, to_test = world.split["val"]["forbidden"], world.split["test"]["forbidden"]
     prompts = candidates(attacks, args.size)
     show(f"{len(prompts)} candidates for a pool of {args.size} prompts")
-    found["candidates"] = len(prompts)
-    found["pool"] = choose_pool(prompts, targets, to_choose, args.size, args.seed)
+    pool = choose_pool(prompts, targets, to_choose, args.size, args.seed)
+    found = {"weights": weights, "candidates": len(prompts), "pool": pool, "figures": {}}
     write_json(args.out, found)                             # frozen: what follows is the test
-    pool, found["figures"] = [prompt for prompt, _ in found["pool"]], {}
     for name, told in targets.items():
-        hits = try_prompts(told, pool, to_test, (args.seed, "test"))
+        hits = try_prompts(told, [prompt for prompt, _ in pool], to_test, (args.seed, "test"))
         found["figures"][name] = figures_of(hits, to_test, "jailbreak_pool")
         show(f"  {name}: told to {hits.mean():.1%} of the prompts, {hits.any(1).sum()} of "
              f"{len(hits)} recipes")

@@ -27,21 +27,24 @@ def chosen(grid, where):
     return rates
 
 
+def parts_of(preset, folder):
+    """The four parts of the study, for their estimates: the learning rates are not chosen yet."""
+    guess = dict.fromkeys(plan.ARMS, preset.rates[-1])
+    return [plan.first_stages(folder, preset), plan.second_stages(folder, preset, guess),
+            the_map.first_stages(folder, preset, guess),
+            the_map.second_stages(folder, preset, guess)]
+
+
 def run(name):
     """Runs the study of a preset, or goes on with it. Returns its folder."""
     preset, folder, at_once = plan.PRESETS[name], f"out/study-claims-{name}", pool.places()
-    first, guess = plan.first_stages(folder, preset), dict.fromkeys(plan.ARMS, preset.rates[0])
-    parts = [first, plan.second_stages(folder, preset, guess),
-             the_map.first_stages(folder, preset, guess),
-             the_map.second_stages(folder, preset, guess)]
-    later = [sum(map(seconds, parts[i + 1:])) for i in range(len(parts))]
-    hours = (seconds(first) + later[0]) / 3600
+    each = [seconds(stages) for stages in parts_of(preset, folder)]
     show(f"== the study claims: {at_once} commands at a time, in {folder}/; a line for each; in "
-         f"all about {hours:.1f} hours of a core")
-    carry_out(first, folder, later[0], at_once)
+         f"all about {sum(each) / 3600:.1f} hours of a core")
+    carry_out(plan.first_stages(folder, preset), folder, sum(each[1:]), at_once)
     rates = chosen(collect_grid(folder), "at the pairs and updates of the cells")
-    carry_out(plan.second_stages(folder, preset, rates), folder, later[1], at_once)
-    carry_out(the_map.first_stages(folder, preset, rates), folder, later[2], at_once)
+    carry_out(plan.second_stages(folder, preset, rates), folder, sum(each[2:]), at_once)
+    carry_out(the_map.first_stages(folder, preset, rates), folder, each[3], at_once)
     second = chosen(collect_map_grid(folder), "at the map's second reading")
     carry_out(the_map.second_stages(folder, preset, second), folder, 0, at_once)
     return folder
