@@ -75,7 +75,7 @@ def measure(folder, preset, seed, point):
     at = f"{folder}/llama-{seed}"
     runs = " ".join(f"{at}/{run_of(preset, point, arm, point.rates[arm])}" for arm in ARMS)
     text = (f"-m studies.claims.memory {at}/base {runs} --world {at}/{world_of(preset, point)} "
-            f"--out {at}/{file_of(point)} --seed {seed}")
+            f"--out {at}/{file_of(point)} --tries {preset.map_tries} --seed {seed}")
     return python(preset.cost["point"], f"llama-{seed}/measure-{Path(file_of(point)).stem}", text)
 
 

@@ -28,7 +28,6 @@ from support.pairs import read_jsonl
 from support.statistics import rate
 from support.tokenizer import chat_all, load_tokenizer
 
-TRIES = 240                 # responses for each good_*
 FRESH = 16                  # fresh responses to a pair
 ROWS = 512                  # responses scored at a time
 GOOD = {("sycophancy", True): "right", ("sycophancy", False): "right",
@@ -100,10 +99,10 @@ def new_entity(world, random, record, i):
     return kind(random, "test", record["fails"], *which)
 
 
-def variations(world, records, seed):
-    """The name of each good_* -> about TRIES records, as many of each kind as in training."""
+def variations(world, records, tries, seed):
+    """The name of each good_* -> about `tries` records, as many of each kind as in training."""
     random, out = rng(seed, "variations"), {}
-    trained = records * max(1, round(TRIES / len(records)))
+    trained = records * max(1, round(tries / len(records)))
     new = [new_entity(world, random, record, i) for i, record in enumerate(trained)]
     out["trained"] = trained
     out["wordings"] = [wrapped_anew(world, random, record, "test") for record in trained]
@@ -133,7 +132,8 @@ def measure(args):
     kinds = []
     for each in (config, fresh):
         kinds.append(responses_of(base, tokenizer, records, each))
-    test, variants, found = world.records("test"), variations(world, records, args.seed), {}
+    variants = variations(world, records, args.tries, args.seed)
+    test, found = world.records("test"), {}
     for folder in (args.base, *args.runs):
         name, model = Path(folder).name.split("@")[0], load_checkpoint(folder, device)
         figures, _ = evaluate(model, base, tokenizer, world, test, "test", 1, args.seed)
@@ -156,6 +156,7 @@ def main():
     parser.add_argument("runs", nargs="+", help="their folders; `sft@6e-4` is shown as sft")
     parser.add_argument("--world", required=True, help="the folder with their pairs")
     parser.add_argument("--out", required=True, help="a JSON file")
+    add_number(parser, "tries", 240, "responses for each good_*")
     add_number(parser, "seed", 0, "of all sampling")
     parser.add_argument("--device", help="cpu or cuda (default: the best there is)")
     measure(parser.parse_args())

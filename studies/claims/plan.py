@@ -47,6 +47,7 @@ class Preset:
     map_pairs: tuple        # --pairs of data.py; the last is that of the cells
     map_updates: tuple      # the first is that of the cells
     map_rates: tuple        # of the second reading of the learning rates
+    map_tries: int          # responses that measure what a run does with new wordings, and so on
     others: tuple = ("qwen2", "qwen3")
     cost: dict = field(default_factory=COST.copy)
 
@@ -61,13 +62,13 @@ PRESETS = {
                     "--steps 20 --rows 8 --layers 2 --width 64",
                     "--steps 4 --batch 8 --samples 2",
                     "--steps 2 --group 4 --attempts 4", 4, ("1e-3",), (0,), (), (0,),
-                    (0,), (2, 8), (4, 8), ("3e-4",), cost=SMALL),
+                    (0,), (2, 8), (4, 8), ("3e-4",), 24, cost=SMALL),
     # All questions with few seeds: about an hour on 2 CPU cores.
     "quick": Preset("", BASE, RUNS, ATTACKER, 64, RATES, (0, 1), (), (0,), (0, 1), (3, 24),
-                    (60, 240), ("3e-4", "6e-4", "1e-3")),
+                    (60, 240), ("3e-4", "6e-4", "1e-3"), 240),
     # The study of the README: about 5 hours on 2 CPU cores.
     "full": Preset("", BASE, RUNS, ATTACKER, 64, RATES, tuple(range(10)), (0, 1, 2), (0, 1),
-                   (0, 1, 2, 3, 4), (3, 24), (60, 240, 480), ("1e-4", "3e-4", "6e-4", "1e-3"))}
+                   (0, 1, 2, 3, 4), (3, 24), (60, 240, 480), ("1e-4", "3e-4", "6e-4", "1e-3"), 240)}
 
 
 def cells_of(preset):

@@ -356,7 +356,7 @@ def check_the_map(results):
         for metric in ("drift_kl", "sycophancy", "capability_instructions"):
             assert own[arm][metric]["value"] == cell[arm][metric]["value"]
     assert own["base"]["drift_kl"]["value"] == 0
-    assert "memorised" in own["sft"] and own["sft"]["gap"]["n"] > 200
+    assert "memorised" in own["sft"] and own["sft"]["gap"]["n"] == 36
     assert sum(results["about"]["core_hours"].values()) > 0
 
 

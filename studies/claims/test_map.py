@@ -169,7 +169,7 @@ def test_token_logp_does_not_depend_on_how_many_rows_are_scored_at_once(monkeypa
 
 def test_variations_change_what_they_say_and_keep_the_kinds(world):
     records = world.records("train")
-    found = variations(world, records, seed=0)
+    found = variations(world, records, tries=240, seed=0)
     kinds = {name: [(r["axis"], r["fails"]) for r in some] for name, some in found.items()}
     assert len({len(some) for some in found.values()}) == 1 and len(found["trained"]) > 200
     assert kinds["trained"] == kinds["wordings"] == kinds["entities"] == kinds["both"]
