@@ -169,13 +169,13 @@ def test_token_logp_does_not_depend_on_how_many_rows_are_scored_at_once(monkeypa
     seen = []
 
     def score(model, prompts, response, mask):
-        seen.append(len(prompts))
+        seen.append((len(prompts), int(mask.sum())))
         return torch.arange(10.0).expand(int(mask.sum()), 10)
 
     monkeypatch.setattr(memory, "score", score)
     monkeypatch.setattr(memory, "BATCH", 2)
     values = token_logp(None, ["a", "b", "c"], rows, mask)
-    assert values.tolist() == [1, 2, 3, 4, 5, 6] and seen == [2, 1]
+    assert values.tolist() == [1, 2, 3, 4, 5, 6] and seen == [(2, 3), (1, 3)]
 
 
 def test_variations_change_what_they_say_and_keep_the_kinds(world):
@@ -258,6 +258,7 @@ def test_an_arm_breaks_where_it_is_worse_there_and_at_all_more_passes():
 
     assert broken(point_of(640, clear), point_of(18, none), point_of(160, clear)) == "160"
     assert broken(point_of(18, clear), point_of(160, none), point_of(640, clear)) == "640"
-    assert broken(point_of(18, none), point_of(160, small), point_of(640, wide)) == "-"
+    assert broken(point_of(18, none), point_of(640, small)) == "-"      # clear, but under MARGIN
+    assert broken(point_of(18, none), point_of(640, wide)) == "-"
     assert broken(point_of(18, clear), point_of(160, none)) == "-"
     assert broken(point_of(18, none), point_of(640, clear, second=True)) == "-"
