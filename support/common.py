@@ -100,7 +100,7 @@ def number(name, kind):
 def add_flags(parser, config):
     """One flag for each field of a config dataclass, with its type, range, default and help."""
     for f in fields(config):
-        text = f"{f.metadata['help']} (default: {f.default})"
+        text = f.metadata["help"] + (f.default is not None) * f" (default: {f.default})"
         parser.add_argument("--" + f.name.replace("_", "-"), type=number(f.name, f.type),
                             default=f.default, choices=f.metadata["choices"], help=text)
 

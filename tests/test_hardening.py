@@ -91,8 +91,8 @@ from support.common import guarded
 for name, *args in {commands!r}:
     sys.argv = [name, *map(str, args)]
     guarded(importlib.import_module(name).main)
-import eval
-print("drawn" if eval.pyplot() else "matplotlib is missing", "Größe")
+from support import figures
+print("drawn" if figures.pyplot() else "matplotlib is missing", "Größe")
 """
 
 

@@ -14,6 +14,7 @@ from conftest import run_here, tiny_gpt
 from model import load_checkpoint, save_checkpoint
 from opct import ConsistencyConfig, PretrainConfig, finish, learning_rate, train
 from support.runs import load_state, save_state, weights_hash
+from support.settings import with_defaults
 
 ROOT = Path(__file__).parent.parent
 TINY_WORLD = "--cities 12 --lands 4 --recipes 6 --things 12 --pairs 6 --tests 6".split()
@@ -370,5 +371,12 @@ def test_the_flags_of_a_command_are_few_and_explained():
     for args in (["data.py"], ["opct.py", "pretrain"], ["opct.py", "opct"], ["eval.py", "compare"]):
         text = run_here(*args, "-h").stdout
         flags = [line for line in text.splitlines() if line.startswith("  --")]
-        assert 3 < len(flags) <= 15, text
-    assert ConsistencyConfig().lr == 3e-4 and "0.0003" in run_here("opct.py", "opct", "-h").stdout
+        assert 3 < len(flags) <= 18, text
+        assert "None" not in text
+
+
+def test_the_learning_rate_goes_with_the_size_of_the_model():
+    small, large = torch.nn.Linear(10, 10), torch.nn.Linear(5000, 5000)
+    for model, lora, expected in ((small, 0, 3e-4), (large, 0, 2e-5), (large, 4, 2e-4)):
+        assert with_defaults(ConsistencyConfig(lora=lora), model).lr == pytest.approx(expected)
+    assert with_defaults(ConsistencyConfig(lr=1.0), large).lr == 1.0

@@ -7,8 +7,8 @@ cells share their worlds, base models and, at the first point, their runs with t
 study. A world with fewer pairs is the same world; its pairs of failures are the first ones.
 
 First reading: all points with the learning rates of the study, which were chosen at the point of
-the cells. Second reading: at the fewest pairs and the second number of updates, with learning
-rates that were chosen there, by the same rule, on the validation split.
+the cells. Second reading: one point, with learning rates that were chosen there, by the same rule,
+on the validation split.
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,22 +35,21 @@ class Point:
 
 
 def first_reading(preset, rates):
-    return [Point(flag, updates, rates)
-            for flag in preset.map_pairs for updates in preset.map_updates]
+    return [Point(flag, updates, rates) for flag, updates in preset.map_points]
 
 
 def second_reading(preset, rates):
-    return Point(preset.map_pairs[0], preset.map_updates[1], rates, second=True)
+    return Point(*preset.map_second, rates, second=True)
 
 
 def world_of(preset, point):
     """Of a cell: that of its pairs."""
-    return "world" if point.flag == preset.map_pairs[-1] else f"map/world-{point.pairs}"
+    return "world" if point.flag == preset.own[0] else f"map/world-{point.pairs}"
 
 
 def run_of(preset, point, arm, rate):
     """The folder of a run in its cell. What the study has trained anyway is not trained again."""
-    if (point.flag, point.updates) == (preset.map_pairs[-1], preset.map_updates[0]):
+    if (point.flag, point.updates) == preset.own:
         return arm
     return f"map/{point.name}/{arm}@{rate}"
 

@@ -33,42 +33,41 @@ SMALL = {"world": 3, "base": 6, "start": 4, "sft": 0.1, "opct": 0.1, "attacker":
 
 @dataclass
 class Preset:
-    """Sizes of a study. The flags of world, base and runs are those of train.sh."""
-    world: str
-    base: str
-    runs: str
-    attacker: str
-    attempts: int
-    rates: tuple
-    seeds: tuple            # of the family llama
-    more_seeds: tuple       # of qwen2 and qwen3
-    grid_seeds: tuple       # of llama, for the learning rates, at the map's second reading too
-    map_seeds: tuple        # of llama
-    map_pairs: tuple        # --pairs of data.py; the last is that of the cells
-    map_updates: tuple      # the first is that of the cells
-    map_rates: tuple        # of the second reading of the learning rates
-    map_tries: int          # responses that measure what a run does with new wordings, and so on
+    """Sizes of a study, by default those of full. The flags of world, base and runs are those of
+    train.sh. A point of the map is (--pairs of data.py, updates)."""
+    world: str = ""
+    base: str = "--steps 1700 --rows 24 --layers 4 --width 128 --lr 1e-2"
+    runs: str = "--steps 60 --batch 32 --samples 4"
+    attacker: str = "--steps 24 --group 16 --attempts 64"
+    attempts: int = 64
+    rates: tuple = ("1e-4", "3e-4", "6e-4", "1e-3", "2e-3", "4e-3")
+    seeds: tuple = tuple(range(10))                         # of the family llama
     others: tuple = ("qwen2", "qwen3")
+    more_seeds: tuple = (0, 1, 2)                           # of the other families
+    grid_seeds: tuple = (0, 1)                              # of llama, for all learning rates
+    map_seeds: tuple = (0, 1, 2, 3, 4)                      # of llama
+    own: tuple = (24, 60)                                   # the point of the cells
+    map_points: tuple = ((3, 60), (3, 240), (3, 480), (24, 60), (24, 240))
+    map_second: tuple = (3, 240)                            # the point of the second reading
+    map_rates: tuple = ("1e-4", "3e-4", "1e-3")             # that are tried there
+    map_tries: int = 240                                    # responses for each good_*
     cost: dict = field(default_factory=COST.copy)
 
 
-RATES = ("1e-4", "3e-4", "6e-4", "1e-3", "2e-3", "4e-3")
-ATTACKER = "--steps 24 --group 16 --attempts 64"
-BASE = "--steps 1700 --rows 24 --layers 4 --width 128 --lr 1e-2"
-RUNS = "--steps 60 --batch 32 --samples 4"
 PRESETS = {
     # Every stage once, models that know nothing: two minutes on 2 CPU cores.
-    "smoke": Preset("--cities 12 --lands 4 --recipes 6 --things 12 --pairs 8 --tests 12",
-                    "--steps 20 --rows 8 --layers 2 --width 64",
-                    "--steps 4 --batch 8 --samples 2",
-                    "--steps 2 --group 4 --attempts 4", 4, ("1e-3",), (0,), (), (0,),
-                    (0,), (2, 8), (4, 8), ("3e-4",), 24, cost=SMALL),
-    # All questions with few seeds: about an hour on 2 CPU cores.
-    "quick": Preset("", BASE, RUNS, ATTACKER, 64, RATES, (0, 1), (), (0,), (0, 1), (3, 24),
-                    (60, 240), ("3e-4", "6e-4", "1e-3"), 240),
+    "smoke": Preset(world="--cities 12 --lands 4 --recipes 6 --things 12 --pairs 8 --tests 12",
+                    base="--steps 20 --rows 8 --layers 2 --width 64",
+                    runs="--steps 4 --batch 8 --samples 2",
+                    attacker="--steps 2 --group 4 --attempts 4", attempts=4, rates=("1e-3",),
+                    seeds=(0,), more_seeds=(), grid_seeds=(0,), map_seeds=(0,), own=(8, 4),
+                    map_points=((2, 4), (2, 8), (8, 4), (8, 8)), map_second=(2, 8),
+                    map_rates=("3e-4",), map_tries=24, cost=SMALL),
+    # All questions with few seeds and points: about an hour on 2 CPU cores.
+    "quick": Preset(seeds=(0, 1), more_seeds=(), grid_seeds=(0,), map_seeds=(0, 1),
+                    map_points=((3, 60), (3, 240), (24, 60))),
     # The study of the README: about 5 hours on 2 CPU cores.
-    "full": Preset("", BASE, RUNS, ATTACKER, 64, RATES, tuple(range(10)), (0, 1, 2), (0, 1),
-                   (0, 1, 2, 3, 4), (3, 24), (60, 240, 480), ("1e-4", "3e-4", "6e-4", "1e-3"), 240)}
+    "full": Preset()}
 
 
 def cells_of(preset):

@@ -15,7 +15,7 @@ from studies import pool
 from studies.claims import map as the_map
 from studies.claims import map_tables, memory, run
 from studies.claims.memory import GOOD, memorised, responses_of, token_logp, variations
-from studies.claims.plan import ARMS, PRESETS
+from studies.claims.plan import ARMS, PRESETS, value_of
 from studies.claims.results import core_hours, with_sums
 from support.common import UserError
 from support.tokenizer import IM_END, PAD
@@ -34,7 +34,7 @@ def world():
 def test_points_count_the_pairs_of_the_three_axes():
     """3 + 1 and 24 + 12 pairs an axis."""
     names = [point.name for point in the_map.first_reading(PRESETS["full"], RATES)]
-    assert names == ["12x60", "12x240", "12x480", "108x60", "108x240", "108x480"]
+    assert names == ["12x60", "12x240", "12x480", "108x60", "108x240"]
     assert the_map.second_reading(PRESETS["full"], RATES).name == "12x240"
     for flag, total in ((3, 12), (24, 108), (8, 36)):
         records = World(WorldConfig(pairs=flag)).records("train")
@@ -49,11 +49,21 @@ def test_a_world_with_fewer_pairs_is_the_same_world():
     assert failing[0] == failing[1][:9]
 
 
+def test_the_point_of_the_cells_is_on_the_map():
+    for preset in PRESETS.values():
+        assert preset.own in preset.map_points and preset.map_second in preset.map_points
+        assert f"--steps {preset.own[1]} " in preset.runs
+        pairs = WorldConfig.pairs
+        if preset.world:
+            pairs = value_of("--pairs", preset.world.split())
+        assert pairs == preset.own[0]
+
+
 def test_the_map_trains_nothing_that_the_study_has_trained():
     preset = replace(PRESETS["full"], map_seeds=(0,), grid_seeds=(0,), map_rates=("1e-3", "3e-4"))
     worlds, runs, tables = the_map.first_stages("out", preset, RATES)
     names = [name for _, name, _ in runs]
-    assert len(names) == len(set(names)) == 5 * 4 + 4       # 1e-3 is a rate of the grid and of all
+    assert len(names) == len(set(names)) == 4 * 4 + 4       # 1e-3 is a rate of the grid and of all
     assert not any("108x60" in name for name in names)
     assert [name for _, name, _ in worlds] == ["llama-0/map/world-12"]
     measured = {name: shlex.join(argv) for _, name, argv in tables}
@@ -247,6 +257,7 @@ def test_an_arm_breaks_where_it_is_worse_there_and_at_all_more_passes():
 
     assert broken(point_of(640, clear), point_of(18, none), point_of(160, clear)) == "160"
     assert broken(point_of(18, clear), point_of(160, none), point_of(640, clear)) == "640"
-    assert broken(point_of(18, none), point_of(160, small), point_of(640, wide)) == "-"
+    assert broken(point_of(18, none), point_of(640, small)) == "-"      # clear, but under MARGIN
+    assert broken(point_of(18, none), point_of(640, wide)) == "-"
     assert broken(point_of(18, clear), point_of(160, none)) == "-"
     assert broken(point_of(18, none), point_of(640, clear, second=True)) == "-"

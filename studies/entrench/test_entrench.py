@@ -301,7 +301,9 @@ def test_acts_loss_by_hand_on_the_common_last_tokens():
 
     def streams(model, ids):
         x, out = model.model.embed_tokens(torch.tensor([ids])), []
-        cos, sin = (t[:len(ids)][None, :, None] for t in (model.model.cos, model.model.sin))
+        angle = torch.arange(len(ids))[None, :, None, None] * model.model.frequency
+        cos = torch.cat((angle.cos(), angle.cos()), -1).double()
+        sin = torch.cat((-angle.sin(), angle.sin()), -1).double()
         causal = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
         bias = torch.zeros(len(ids), len(ids), dtype=x.dtype).masked_fill(~causal, -torch.inf)
         for layer in model.model.layers:
