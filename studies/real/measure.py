@@ -19,7 +19,7 @@ from support.pairs import contains, read_jsonl
 from support.statistics import ratio
 from support.tokenizer import chat, load_tokenizer
 
-LIMIT = 24                              # tokens of an answer
+LIMIT = 20                              # tokens of an answer
 SAMPLED = 2                             # every second wrong hint also gets a sampled answer
 
 
