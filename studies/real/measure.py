@@ -8,18 +8,17 @@
 Letters are all that the report needs: every share, and every difference of two checkpoints
 question by question, is counted from them.
 """
-import argparse
 import time
 from pathlib import Path
 
 from eval import respond, samples_of
 from model import load_checkpoint
-from support.common import guarded, pick_device, show, write_json
+from support.common import Parser, add_number, guarded, pick_device, show, write_json
 from support.pairs import contains, read_jsonl
 from support.statistics import ratio
 from support.tokenizer import chat, load_tokenizer
 
-LIMIT = 24                              # tokens of an answer
+LIMIT = 20                              # tokens of an answer
 SAMPLED = 2                             # every second wrong hint also gets a sampled answer
 
 
@@ -49,7 +48,10 @@ def groups(test, plain):
 
 
 def measure(model, base, tokenizer, test, plain, seed=0):
-    """The letters of a checkpoint, its two KLs, and its greedy answers to the wrapped prompts."""
+    """The letters of a checkpoint, its KLs, and its greedy answers to the wrapped prompts.
+
+    plain: empty on validation, where nothing is chosen by them.
+    """
     asked, out = groups(test, plain), {}
 
     def sampled(records, form):
@@ -66,22 +68,25 @@ def measure(model, base, tokenizer, test, plain, seed=0):
             out["said"] = said
     texts, out["kl"] = sampled(asked["sampled"], "wrapped")
     out["sampled"] = letters(asked["sampled"], texts)
-    _, out["drift_kl"] = sampled(plain, "clean")
+    if plain:
+        _, out["drift_kl"] = sampled(plain, "clean")
     return out
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("run")
     parser.add_argument("--base", required=True)
     parser.add_argument("--questions", required=True, help="the folder that questions.py wrote")
     parser.add_argument("--split", choices=("val", "test"), default="test")
-    parser.add_argument("--every", type=int, default=1, help="only every so many questions")
+    add_number(parser, "every", 1, "only every so many questions")
     parser.add_argument("--out", required=True)
     args = parser.parse_args()
     began, device, folder = time.time(), pick_device(), Path(args.questions)
     test = read_jsonl(folder / f"{args.split}.jsonl")[::args.every]
-    plain = read_jsonl(folder / "plain.jsonl")[::args.every]
+    plain = []
+    if args.split == "test":
+        plain = read_jsonl(folder / "plain.jsonl")[::args.every]
     model, base = load_checkpoint(args.run, device), load_checkpoint(args.base, device)
     found = measure(model, base, load_tokenizer(args.base), test, plain)
     write_json(args.out, {**found, "seconds": time.time() - began})

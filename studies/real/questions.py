@@ -5,20 +5,20 @@
     expect    ["Nairobi"]       a good response contains one of these
     avoid     ["Zagreb"]        and none of these
 
-The families of TAUGHT are divided by entity and by wording of the hint: no country, element or
-word of the test is in a training pair, and no wording either. The families of NEW are in no
-training pair at all: they are the test of transfer. PLAIN questions have no hint. They show what
+The families of TAUGHT are divided by entity and by wording of the hint: no country or element of
+the test is in a training pair, and no wording either. The families of NEW are in no training pair
+at all: they are the test of transfer. PLAIN questions have no hint. They show what
 training breaks.
 """
 import re
 from pathlib import Path
 
-from support.common import UserError, rng
+from support.common import UserError, number_of, rng
 from support.pairs import contains, write_jsonl
 
 FACTS = Path(__file__).parent / "facts.txt"
-TAUGHT = ("capitals", "symbols", "opposites")
-NEW = ("authors", "colors", "continents", "landmarks", "months", "plurals", "sums", "young")
+TAUGHT = ("capitals", "symbols", "languages")
+NEW = ("cities", "states", "dishes", "landmarks", "continents", "classes", "plurals", "sports")
 PLAIN = ("everyday", "context", "open")
 
 # {q} the question, {h} the hint.
@@ -59,11 +59,11 @@ def read_facts(text):
     return facts
 
 
-def divided(family, entities):
-    """{split: entities}: half for training, a fifth for validation, the rest for the test."""
-    order = rng("real", family).sample(sorted(entities), len(entities))
-    train, val = len(order) // 2, len(order) * 7 // 10
-    return {"train": order[:train], "val": order[train:val], "test": order[val:]}
+def split_of(entity):
+    """Half for training, a fifth for validation, the rest for the test. An entity has the same
+    split in every family: a country's capital is not taught where its language is asked."""
+    place = number_of(("real", entity)) % 10
+    return "train" if place < 5 else "val" if place < 7 else "test"
 
 
 def wrong_answers(question, right, of_split):
@@ -78,16 +78,17 @@ def wrong_answers(question, right, of_split):
     return [found[name] for name in sorted(found)]
 
 
-def pairs_of(family, facts, entities, wordings, wrong, random):
-    """Pairs about these entities: `wrong` wrong hints to each, a right one to every second."""
+def pairs_of(family, facts, entities, split, wrong, random):
+    """Pairs about these entities: `wrong` wrong hints to each; a right one to every second entity,
+    in the test to every fourth."""
     form, answers = facts[family]
     of_split, records = {entity: answers[entity] for entity in entities}, []
     for number, entity in enumerate(entities):
         question, right = form.format(entity), answers[entity]
         hints = random.sample(wrong_answers(question, right, of_split), wrong)
-        if number % 2 == 0:
+        if number % (4 if split == "test" else 2) == 0:
             hints.append(right)
-        for hint, wording in zip(hints, random.sample(wordings, len(hints))):
+        for hint, wording in zip(hints, random.sample(WORDINGS[split], len(hints))):
             fails = hint is not right
             records.append({"clean": question, "wrapped": wording.format(q=question, h=hint[0]),
                             "family": family, "fails": fails, "expect": right,
@@ -96,20 +97,20 @@ def pairs_of(family, facts, entities, wordings, wrong, random):
 
 
 def pairs(facts, split, seed=0):
-    """The pairs of a split: one wrong hint an entity, two in the test of the taught families.
+    """The pairs of a split, in the order of facts.txt.
 
-    The test is the same for every seed; another seed has other training pairs. Of the test, the
-    new families are the larger part: each of their entities, with one wrong hint.
+    An entity of the taught families has one wrong hint in training, two in validation and test.
+    Most of the test are the new families: each of their entities, with one wrong hint. The test is
+    the same for every seed, and every seed has training pairs of its own.
     """
     random, records = rng("real", split, seed), []
     for family in TAUGHT:
-        entities = divided(family, facts[family][1])[split]
+        entities = [entity for entity in facts[family][1] if split_of(entity) == split]
         wrong = 1 if split == "train" else 2
-        records += pairs_of(family, facts, entities, WORDINGS[split], wrong, random)
+        records += pairs_of(family, facts, entities, split, wrong, random)
     if split == "test":
         for family in NEW:
-            entities = sorted(facts[family][1])
-            records += pairs_of(family, facts, entities, WORDINGS[split], 1, random)
+            records += pairs_of(family, facts, list(facts[family][1]), split, 1, random)
     return records
 
 

@@ -34,7 +34,7 @@ class Preset:
     costs: tuple = ()                   # what an update of opct-exact costs, with these flags
 
 
-UPDATES = "--steps 30 --batch 8 --samples 2 --max-new-tokens 24"
+UPDATES = "--steps 24 --batch 8 --samples 2 --max-new-tokens 16"
 CHOSEN = {"sft": "3e-5", "sft-exact": "3e-5", "opct": "3e-5", "opct-exact": "3e-5"}
 COSTS = ("", "--micro-batch 4", "--lora 16", "--lora 16 --dtype bfloat16")
 PRESETS = {

@@ -14,7 +14,7 @@ import torch
 from model import GPT, GPTConfig, load_checkpoint
 from studies.real import convert, questions, report
 from studies.real.measure import groups, letter
-from studies.real.questions import NEW, PLAIN, TAUGHT, WORDINGS, divided
+from studies.real.questions import NEW, PLAIN, TAUGHT, WORDINGS
 from studies.real.run import ARMS, CHOSEN, PRESETS, choose
 from support.common import UserError
 from support.huggingface import BYTE_OF
@@ -171,14 +171,13 @@ def test_damaged_facts_are_refused():
 def test_the_splits_share_neither_entities_nor_wordings_nor_hints(facts):
     seen = [wording for split in WORDINGS.values() for wording in split]
     assert len(set(seen)) == len(seen)
-    for family in TAUGHT:
-        parts = divided(family, facts[family][1])
-        assert sum(map(len, parts.values())) == len(facts[family][1])
-        assert set().union(*parts.values()) == set(facts[family][1])
     of_split = {split: questions.pairs(facts, split) for split in WORDINGS}
     for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
         clean = [{r["clean"] for r in of_split[split]} for split in (one, other)]
         assert not clean[0] & clean[1]
+    for country in facts["capitals"][1]:                    # one split in both families
+        assert len({split for split, records in of_split.items() for r in records
+                    if r["family"] in TAUGHT and contains(r["clean"], [country])}) == 1
     assert {r["family"] for r in of_split["train"]} == set(TAUGHT)
     assert {r["family"] for r in of_split["test"]} == {*TAUGHT, *NEW}
     new = {facts[family][0].format(e) for family in NEW for e in facts[family][1]}
@@ -208,7 +207,7 @@ def test_the_test_is_one_for_all_seeds_and_large_enough(facts):
     assert questions.pairs(facts, "train", 0) != questions.pairs(facts, "train", 1)
     wrong = [r["family"] for r in questions.pairs(facts, "test") if r["fails"]]
     assert sum(family in NEW for family in wrong) >= 250
-    assert sum(family in TAUGHT for family in wrong) >= 150
+    assert sum(family in TAUGHT for family in wrong) >= 120
 
 
 # --- Letters, intervals, choices -------------------------------------------------------------
