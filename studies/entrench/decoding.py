@@ -1,5 +1,6 @@
 """How a model is asked: nucleus sampling, beam search, likelihood, grades."""
 import copy
+import re
 
 import torch
 from torch import nn
@@ -88,6 +89,8 @@ class Bench:
         every = [prompt for prompt in prompts for _ in range(times)]
         key = (self.seed, "say", temperature, top_p, number_of(every))
         texts = respond(model, self.tokenizer, every, key, temperature)
+        # Special tokens, and bytes that are no text, would come back as several tokens each.
+        texts = [re.sub(r"<\|\w+\|>|\ufffd", "", text) for text in texts]
         return [texts[at:at + times] for at in range(0, len(texts), times)]
 
     def greedy(self, prompts):

@@ -29,6 +29,10 @@ FLAT = 10                   # points: the paper calls an eta that varies less th
 # --- Reading the results -----------------------------------------------------------------------
 
 
+def seeds_of(study):
+    return len({name.rsplit("-", 1)[1] for name in study["cells"]})
+
+
 def cells_of(study, organism):
     """The cells of an organism, one a seed."""
     return [cell for name, cell in study["cells"].items() if name.rsplit("-", 1)[0] == organism]
@@ -73,7 +77,7 @@ def runs_of(study):
     """The runs of the study in the order of the methods."""
     found = {run for cell in study["cells"].values() for strength in cell["strengths"].values()
              for run in strength["runs"]}
-    names = [*LABELS, *(f"{name}, {kind}" for kind in KINDS for name in STEPS)]
+    names = [*LABELS, "greedy, planted", *(f"{name}, {kind}" for kind in KINDS for name in STEPS)]
     return [name for name in names if name in found]
 
 
@@ -278,11 +282,13 @@ def findings(study):
 
 def blocks(study):
     """Every table of README.md: name -> Markdown."""
-    about, cells = study["about"], list(study["cells"])
-    seeds = len({name.rsplit("-", 1)[1] for name in cells})
+    about, sizes = study["about"], study["sizes"]
+    rows = sizes["batch"] * sizes["samples"]
     return {"about": f"`{about['command']}`, {about['date']}, {about['machine']}, "
                      f"torch {about['torch']}.",
-            "seeds": str(seeds), "organisms": organisms_table(study),
+            "seeds": str(seeds_of(study)), "prompts": str(sizes["prompts"]),
+            "updates": f"{sizes['steps']} updates of {rows} responses to {sizes['batch']} prompts",
+            "organisms": organisms_table(study),
             "changes": changes_table(study), "costs": costs_table(study),
             "labels": labels_table(study), "pairs": pairs_table(study), "eta": eta_table(study),
             "findings": markdown([["finding of the paper", "here", "verdict"],

@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import log
 from pathlib import Path
 
@@ -25,7 +25,8 @@ from studies.entrench.decoding import LONGEST, Bench, likelihood
 from studies.entrench.methods import LABEL_RATE, LABELS, STEPS, best
 from studies.entrench.organisms import ORGANISMS, encoded, judged, plant, rates, records_of
 from studies.entrench.world import load_study_world, write_world
-from support.common import UserError, about, generator, pick_device, read_json, show, write_json
+from support.common import (UserError, about, generator, pick_device, read_json, rng, show,
+                            write_json)
 from support.pairs import pairs_of_update, write_jsonl
 from support.runs import lock
 from support.tokenizer import chat, load_tokenizer, save_tokenizer
@@ -40,7 +41,7 @@ class Preset:
     strengths: tuple        # which of an organism's three
     world: dict             # fields of WorldConfig
     base: dict              # fields of PretrainConfig
-    prompts: int = 128      # that methods train on
+    prompts: int = 64       # that methods train on
     samples: int = 4        # labels, or responses, for each
     batch: int = 8          # prompts in an update
     steps: int = 60         # updates
@@ -54,8 +55,8 @@ PRESETS = {
     "smoke": Preset((0,), (1,), {"cities": 12, "lands": 4, "recipes": 12, "things": 12},
                     {"steps": 20, "rows": 8, "layers": 2, "width": 64},
                     prompts=4, samples=2, batch=2, steps=2, tests=8, planting=2, plain=4),
-    "quick": Preset((0,), (0, 2), {}, {"steps": 1700}),
-    "full": Preset((0, 1, 2, 3, 4), (0, 1, 2), {}, {"steps": 1700})}
+    "quick": Preset((0,), (0, 2), {}, {"steps": 1200}),
+    "full": Preset((0, 1, 2, 3, 4), (0, 1, 2), {}, {"steps": 1200})}
 
 
 # --- The base model of a seed, and its organisms -------------------------------------------------
@@ -201,12 +202,13 @@ def run_labels(out, name, bench, organism, records, preset):
     """Labels by a method, then SFT on them. Returns the model and what is known of the labels."""
     every = [r for r in records for _ in range(preset.samples)]
     labels = LABELS[name](bench, every)
-    verdicts = [organism.judge(r, x) for r, x in zip(every, labels) if x is not None]
     kept = [(r, x) for r, x in zip(every, labels) if x is not None]
     found = {"kept": len(kept) / len(every), "label_kl": label_shift(bench, every, labels)}
     if not kept:                                            # nothing to learn from
         return bench.model, found
-    found["labels"] = rates([r for r, _ in kept], verdicts)
+    if "healthy" in records[0]:                             # else planted prompts: no judge
+        verdicts = [organism.judge(*pair) for pair in kept]
+        found["labels"] = rates([r for r, _ in kept], verdicts)
     forms = [(r["prompt"], r["prompt"]) for r, _ in kept]
     method = (sft_step, "sampled", LABEL_RATE)
     return train_on_pairs(out, bench.model, bench.tokenizer, forms, [x for _, x in kept], method,
@@ -225,15 +227,19 @@ def run_steps(out, name, kind, bench, organism, records, preset):
 
 
 def runs_of():
-    """The runs of each strength: name -> (method, kind of clean prompt or None)."""
+    """The runs of each strength: name -> (method, kind of prompts). One run has prompts of the
+    kind that was planted, as all have in 2606.03810."""
     pairs = {f"{name}, {kind}": (name, kind) for name in STEPS for kind in KINDS}
-    return {name: (name, None) for name in LABELS} | pairs
+    labels = {name: (name, "measured") for name in LABELS}
+    return labels | {"greedy, planted": ("greedy", "planted")} | pairs
 
 
 def run_strength(at, name, number, bench, exam, world, preset):
     """The organism before, then every method. What is there already is not done again."""
     organism, model = ORGANISMS[name], bench.model
     records = records_of(organism, world, "train", preset.prompts, bench.seed)
+    draws = rng(bench.seed, "planted prompts")
+    planted = [{"prompt": organism.plant(world, draws)[0]} for _ in records]
     if not (at / "before.json").exists():
         figures, examples = exam.measure(model, bench.outside)
         for kind in KINDS:
@@ -246,10 +252,11 @@ def run_strength(at, name, number, bench, exam, world, preset):
             continue
         began, out = time.time(), at / "run"
         shutil.rmtree(out, ignore_errors=True)              # of a killed run
-        if kind:
+        if kind in KINDS:
             after, found = run_steps(out, method, kind, bench, organism, records, preset)
         else:
-            after, found = run_labels(out, method, bench, organism, records, preset)
+            asked = records if kind == "measured" else planted
+            after, found = run_labels(out, method, bench, organism, asked, preset)
         figures, examples = exam.measure(after, model)
         write_json(path, {"figures": figures, "examples": examples, **found,
                           "seconds": time.time() - began})
@@ -304,7 +311,7 @@ def run(name):
 
 def collect(folder):
     """Everything that a study has measured: {"cells": {organism-seed: ...}, "about"}."""
-    cells = {}
+    cells, preset = {}, Path(folder).name.removeprefix("study-entrench-")
     for path in sorted(Path(folder).glob("*-*/planting.json")):
         cell = cells[path.parent.name] = {**read(path), "base": read(path.parent / "base.json"),
                                           "strengths": {}}
@@ -313,11 +320,11 @@ def collect(folder):
                 runs = {run: read(at / f"{run.replace(', ', '-')}.json") for run in runs_of()
                         if (at / f"{run.replace(', ', '-')}.json").exists()}
                 cell["strengths"][at.name] = {"before": read(at / "before.json"), "runs": runs}
-    if not cells:
+    if not cells or preset not in PRESETS:
         raise UserError(f"{folder} holds no study: run `bash train.sh study entrench`")
-    preset = Path(folder).name.removeprefix("study-entrench-")
-    return {"cells": cells, "about": {**about(pick_device()),
-                                      "command": f"bash train.sh study entrench {preset}"}}
+    sizes = {f.name: getattr(PRESETS[preset], f.name) for f in fields(Preset)}
+    origin = {**about(pick_device()), "command": f"bash train.sh study entrench {preset}"}
+    return {"cells": cells, "sizes": sizes, "about": origin}
 
 
 def read(path):

@@ -370,7 +370,7 @@ def test_the_fixed_point_of_opct_is_the_teacher_on_clean_be_it_good_or_bad(on_cl
     clean, wrapped, bad = [0, 2], [0, 1, 2], 1
     organism = small_gpt(4, end=3).double()
     optimizer = torch.optim.Adam(organism.parameters(), 1e-2)
-    for _ in range(300):                                    # plants the two rates
+    for _ in range(100):                                    # plants the two rates
         loss = 0
         for prompt, share in ((clean, on_clean), (wrapped, 0.5)):
             logp = organism(torch.tensor([prompt]))[0, -1].log_softmax(-1)
@@ -385,9 +385,9 @@ def test_the_fixed_point_of_opct_is_the_teacher_on_clean_be_it_good_or_bad(on_cl
     assert bad_rate(organism, clean) == pytest.approx(on_clean, abs=0.02)
     assert bad_rate(organism, wrapped) == pytest.approx(0.5, abs=0.05)
     student, teacher = copy.deepcopy(organism), copy.deepcopy(organism).requires_grad_(False)
-    optimizer = torch.optim.Adam(student.parameters(), 3e-3)
+    optimizer = torch.optim.Adam(student.parameters(), 1e-2)
     config = type("", (), {"loss": "exact", "max_new_tokens": 2})
-    for step in range(300):
+    for step in range(100):
         noise = torch.rand(32, 2, generator=generator(step))
         loss, _ = opct_step(student, teacher, Pairs([clean] * 32, [wrapped] * 32, noise=noise),
                             config)
