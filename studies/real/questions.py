@@ -66,14 +66,12 @@ def split_of(entity):
     return "train" if place < 5 else "val" if place < 7 else "test"
 
 
-def wrong_answers(question, right, of_split):
-    """Answers to other questions that are wrong here and not in the question itself: a list of
-    lists, in each an answer and its other names."""
+def wrong_answers(right, of_split):
+    """Answers to other questions that are wrong here: a list of lists, in each an answer and its
+    other names."""
     found = {}
     for answers in of_split.values():
-        if any(contains(a, right) or contains(b, [a]) for a in answers for b in right):
-            continue
-        if not contains(question, answers):
+        if not any(contains(a, right) or contains(b, [a]) for a in answers for b in right):
             found[answers[0]] = answers
     return [found[name] for name in sorted(found)]
 
@@ -85,7 +83,7 @@ def pairs_of(family, facts, entities, split, wrong, random):
     of_split, records = {entity: answers[entity] for entity in entities}, []
     for number, entity in enumerate(entities):
         question, right = form.format(entity), answers[entity]
-        hints = random.sample(wrong_answers(question, right, of_split), wrong)
+        hints = random.sample(wrong_answers(right, of_split), wrong)
         if number % (4 if split == "test" else 2) == 0:
             hints.append(right)
         for hint, wording in zip(hints, random.sample(WORDINGS[split], len(hints))):

@@ -23,7 +23,7 @@ from support.tokenizer import chat, load_tokenizer
 
 # --- From GGUF to a Hugging Face folder ------------------------------------------------------
 
-SIZES = dict(vocab_size=261, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+SIZES = dict(vocab_size=262, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
              num_attention_heads=4, num_key_value_heads=2, head_dim=16,
              max_position_embeddings=512, eos_token_id=2, pad_token_id=2)
 TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
@@ -53,7 +53,7 @@ def write_gguf(path, model, tokens, kind="smollm"):
     file.add_tokenizer_pre(kind)
     file.add_token_list(tokens)
     file.add_token_types([3] * 3 + [1] * (len(tokens) - 3))
-    file.add_token_merges(["a b", "ab c"])
+    file.add_token_merges(["a b", "ab c", "1 2"])
     file.add_bos_token_id(1)
     file.add_eos_token_id(2)
     file.add_unk_token_id(0)
@@ -81,8 +81,8 @@ def write_gguf(path, model, tokens, kind="smollm"):
 
 @pytest.fixture(scope="module")
 def tokens():
-    """261 of them: three special ones, the 256 bytes, two merges."""
-    return ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *BYTE_OF, "ab", "abc"]
+    """262 of them: three special ones, the 256 bytes, three merges."""
+    return ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *BYTE_OF, "ab", "abc", "12"]
 
 
 def test_a_converted_model_computes_what_it_computed_before(tokens, tmp_path):
@@ -91,7 +91,7 @@ def test_a_converted_model_computes_what_it_computed_before(tokens, tmp_path):
     write_gguf(tmp_path / "a.gguf", model, tokens)
     convert.convert(tmp_path / "a.gguf", tmp_path / "a")
     again = load_checkpoint(tmp_path / "a")
-    idx = torch.randint(0, 261, (2, 12))
+    idx = torch.randint(0, 262, (2, 12))
     with torch.no_grad():
         assert torch.equal(model(idx), again(idx))
     assert again.config.eos_token_id == 2 and again.config.tie_word_embeddings
