@@ -65,7 +65,7 @@ def draw_pairs(runs, path):
                      [f["high"] - v for v, f in zip(values, figures)]]
             ax.errorbar(values, places, xerr=sides, fmt="o", color=colour, label=run)
         ax.set_yticks(range(len(names)), names)
-        ax.invert_yaxis()
+        ax.set_ylim(len(names) - 0.5, -0.5)
         ax.grid(axis="y", linewidth=0.3)
     axes[0].set(xlim=(-0.02, 1.02), title="share of the answers, with 95 % intervals")
     axes[1].set(xlim=(0, None), xlabel="KL to the base on the clean prompt, nats a token")

@@ -83,8 +83,10 @@ def pair_transcripts(records, answers):
     for i in sorted(range(len(records)), key=lambda i: not differ[i])[:6]:
         said = {"clean": base["clean greedy"][i],
                 **{name: texts["wrapped greedy"][i] for name, texts in answers.items()}}
+        width = max(map(len, said))
         out += [shown(records[i]),
-                *(f"    {name:12} {' '.join(text.split())}" for name, text in said.items()), ""]
+                *(f"    {name:{width}}  {' '.join(text.split())}" for name, text in said.items()),
+                ""]
     return "\n".join(out)
 
 
