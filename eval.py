@@ -42,7 +42,7 @@ import numpy as np
 import torch
 
 from data import AXES, CAPABILITIES, judge, load_world
-from model import generate, load_checkpoint
+from model import generate, is_end, load_checkpoint
 from opct import Pairs, reverse_kl, score
 from support.common import (Parser, UserError, about, add_number, generator, guarded, pick_device,
                             read_text, rng, show, write_json, write_text)
@@ -75,7 +75,7 @@ def batches(model, prompts):
 
 def texts_of(model, tokenizer, response, mask):
     """Responses as text, without the end token."""
-    mask = mask & ~torch.isin(response, response.new_tensor(model.config.ends))
+    mask = mask & ~is_end(response, model.config)
     return [decode(tokenizer, ids[keep].tolist()) for ids, keep in zip(response.cpu(), mask.cpu())]
 
 
@@ -100,7 +100,7 @@ def samples_of(model, base, tokenizer, asked, clean, limit, seed):
         response, mask = generate(model, pairs.wrapped, limit, 1.0, generator(seed, number))
         kl = score(model, base, pairs, response, mask, reverse_kl)[2]
         nats = kl.new_zeros(mask.shape).masked_scatter(mask, kl).sum(1).tolist()
-        ended = (torch.isin(response, response.new_tensor(model.config.ends)) & mask).any(1)
+        ended = (is_end(response, model.config) & mask).any(1)
         texts = texts_of(model, tokenizer, response, mask)
         for i, *values in zip(some, texts, nats, mask.sum(1).tolist(), (~ended).tolist()):
             out[i] = values
@@ -266,16 +266,20 @@ def columns_of(checkpoints):
 
 def pairs(args):
     device, records, runs, answers = pick_device(args.device), read_jsonl(args.pairs), {}, {}
-    out = Path(args.out or f"{Path(args.pairs).stem}-eval")
-    out.mkdir(parents=True, exist_ok=True)
     columns, first = columns_of(args.checkpoints), args.checkpoints[0]
     base, tokenizer = load_checkpoint(first, device), load_tokenizer(first)
     prompts = [r[form] for r in records for form in ("clean", "wrapped")]
-    for name, folder in columns.items():
-        began, model, own = time.time(), load_checkpoint(folder, device), load_tokenizer(folder)
-        check_vocabulary(own, model, folder)
-        if any(chat(own, prompt) != chat(tokenizer, prompt) for prompt in prompts):
+    tokens = [chat(tokenizer, prompt) for prompt in prompts]
+    for folder in args.checkpoints[1:]:
+        own = load_tokenizer(folder)
+        if [chat(own, prompt) for prompt in prompts] != tokens:
             raise UserError(f"{folder} has another tokenizer or template than {first}")
+    out = Path(args.out or f"{Path(args.pairs).stem}-eval")
+    out.mkdir(parents=True, exist_ok=True)
+    for name, folder in columns.items():
+        began = time.time()
+        model = base if folder == first else load_checkpoint(folder, device)
+        check_vocabulary(tokenizer, model, folder)
         runs[name], answers[name] = evaluate_pairs(model, base, tokenizer, records,
                                                    args.max_new_tokens, args.seed)
         show(f"  {name}: {len(records)} pairs in {time.time() - began:.0f} s")

@@ -338,6 +338,11 @@ def drop_ended(batch):
             setattr(batch, name, getattr(batch, name)[going])
 
 
+def is_end(response, config):
+    """Which token ids end a response: bool, of the same shape."""
+    return torch.isin(response, response.new_tensor(config.ends))
+
+
 def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None, noise=None):
     """Samples one response to each prompt, all at once. No row can tell what it was batched with.
 

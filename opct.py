@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from data import load_world
-from model import GPT, GPTConfig, generate, load_checkpoint, save_checkpoint
+from model import GPT, GPTConfig, generate, is_end, load_checkpoint, save_checkpoint
 from support import runs
 from support.common import Parser, UserError, add_flags, generator, guarded, pick_device, rng
 from support.lora import add_lora, merge_lora, without_lora
@@ -180,7 +180,7 @@ def pick(logp, tokens):
 
 def to_log(student, response, mask, kl):
     """What a step says of its responses; the loop takes means, `tokens` apart."""
-    ended = torch.isin(response, response.new_tensor(student.config.ends)) & mask
+    ended = is_end(response, student.config) & mask
     return {"kl_exact": kl.detach(), "tokens": mask.sum(), "length": mask.sum(1),
             "cut": ~ended.any(1)}
 

@@ -51,6 +51,17 @@ def stop(*_):
     sys.exit(143)
 
 
+def seconds_of(stages):
+    """What all commands of some stages take of a core, about."""
+    return sum(command[0] for stage in stages for command in stage)
+
+
+def run_stages(stages, at_once, folder, later=0):
+    """Stage after stage. later: seconds of what comes after them, for the time left."""
+    for i, stage in enumerate(stages):
+        run(stage, at_once, folder, seconds_of(stages[i + 1:]) + later)
+
+
 def run(commands, at_once, folder, later=0):
     """Runs all commands, `at_once` at a time. Raises UserError if one of them fails.
 

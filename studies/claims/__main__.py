@@ -7,21 +7,18 @@ The study: does OPCT do what its paper says?
     python -m studies.claims report FOLDER        first takes the results of FOLDER over
     python -m studies.claims cell FAMILY SEED     one cell alone, to compare with results.json
 """
-import argparse
 import shutil
-
-import torch
 
 from model import ARCHITECTURES
 from studies.claims import report, results, run
 from studies.claims.plan import PRESETS
+from studies.study import check_preset, default_preset, parser_of
 from support.common import UserError, guarded
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m studies.claims", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = "full" if torch.cuda.is_available() else "quick"
+    parser = parser_of("claims", __doc__)
+    default = default_preset()
     parser.add_argument("preset", nargs="?", default=default,
                         help=f"smoke, quick, full, report or cell (default: {default})")
     parser.add_argument("folder", nargs="?", help="report: the study to take over; cell: family")
@@ -38,8 +35,7 @@ def main():
             shutil.copy(f"{args.folder}/transcripts.md", report.FOLDER)
         report.publish()
         return
-    if args.preset not in PRESETS:
-        raise UserError(f"unknown preset '{args.preset}': choose smoke, quick or full")
+    check_preset(args.preset, PRESETS)
     folder = run.run(args.preset)
     report.write_all(results.collect(folder), folder)
 

@@ -12,7 +12,8 @@ from studies.claims.tables import (ATTACKED, FIRST, HEADLINE, ORDER, families_of
                                    two_tables)
 from studies.claims.verdicts import CONTRASTS, claims_tables, differences
 from studies.stats import over_seeds
-from support.common import UserError, read_json, show, write_text
+from studies.study import committed, filled, write_tables
+from support.common import UserError, show, write_text
 from support.report import WIDTH, markdown
 
 FOLDER = Path(__file__).parent
@@ -135,19 +136,14 @@ def readme(study, words):
     if "map" not in study:
         words = without_the_map(words, tables)
 
-    def put(found):
-        if found[1] not in tables:
-            raise UserError(f"words.md asks for {found[0]}, which the report does not make")
-        return tables[found[1]]
-
     parts = re.split(r"(\n\n|\n(?=- |\d\. ))", words)
     for i, part in enumerate(parts):
-        filled = re.sub(r"\{(\w+)\}", put, part)
-        if filled != part and not re.fullmatch(r"\{\w+\}", part.strip()):
+        text = filled(part, tables)
+        if text != part and not re.fullmatch(r"\{\w+\}", part.strip()):
             indent = " " * len(re.match(r"- |\d\. |", part)[0])
-            filled = textwrap.fill(filled, WIDTH, subsequent_indent=indent,
-                                   break_long_words=False, break_on_hyphens=False)
-        parts[i] = filled
+            text = textwrap.fill(text, WIDTH, subsequent_indent=indent,
+                                 break_long_words=False, break_on_hyphens=False)
+        parts[i] = text
     return "".join(parts)
 
 
@@ -194,8 +190,7 @@ def write_all(study, folder):
     folder = Path(folder)
     write_results(study, folder)
     tables = blocks(study)
-    text = "\n\n".join(f"## {name}\n\n{block}" for name, block in tables.items())
-    write_text(folder / "results.md", text + "\n")
+    write_tables(folder, tables)
     transcripts = (folder / "llama-0" / "results.md").read_text()
     write_text(folder / "transcripts.md", "```" + transcripts.split("```")[1] + "```\n")
     draw_all(study, folder)
@@ -204,13 +199,9 @@ def write_all(study, folder):
          "transcripts.md and, with matplotlib, the figures")
 
 
-def committed():
-    return read_json(FOLDER / "results.json", "get it from git again")
-
-
 def publish():
     """Writes README.md and the figures of this folder, and the table of the main README."""
-    study = committed()
+    study = committed(FOLDER)
     write_text(FOLDER / "README.md", readme(study, (FOLDER / "words.md").read_text()))
     draw_all(study, FOLDER)
     path = FOLDER.parent.parent / "README.md"

@@ -10,16 +10,6 @@ from studies.claims.results import collect_cell, collect_grid, collect_map_grid,
 from support.common import show, write_text
 
 
-def seconds(stages):
-    return sum(command[0] for stage in stages for command in stage)
-
-
-def carry_out(stages, folder, later, at_once):
-    """Stage after stage. later: seconds of what comes after them, for the time left."""
-    for i, stage in enumerate(stages):
-        pool.run(stage, at_once, folder, seconds(stages[i + 1:]) + later)
-
-
 def chosen(grid, where):
     rates, _ = plan.choose(grid)
     each = ", ".join(f"{arm} {rate}" for arm, rate in rates.items())
@@ -38,15 +28,15 @@ def parts_of(preset, folder):
 def run(name):
     """Runs the study of a preset, or goes on with it. Returns its folder."""
     preset, folder, at_once = plan.PRESETS[name], f"out/study-claims-{name}", pool.places()
-    each = [seconds(stages) for stages in parts_of(preset, folder)]
+    each = [pool.seconds_of(stages) for stages in parts_of(preset, folder)]
     show(f"== the study claims: {at_once} commands at a time, in {folder}/; a line for each; in "
          f"all about {sum(each) / 3600:.1f} hours of a core")
-    carry_out(plan.first_stages(folder, preset), folder, sum(each[1:]), at_once)
+    pool.run_stages(plan.first_stages(folder, preset), at_once, folder, sum(each[1:]))
     rates = chosen(collect_grid(folder), "at the pairs and updates of the cells")
-    carry_out(plan.second_stages(folder, preset, rates), folder, sum(each[2:]), at_once)
-    carry_out(the_map.first_stages(folder, preset, rates), folder, each[3], at_once)
+    pool.run_stages(plan.second_stages(folder, preset, rates), at_once, folder, sum(each[2:]))
+    pool.run_stages(the_map.first_stages(folder, preset, rates), at_once, folder, each[3])
     second = chosen(collect_map_grid(folder), "at the map's second reading")
-    carry_out(the_map.second_stages(folder, preset, second), folder, 0, at_once)
+    pool.run_stages(the_map.second_stages(folder, preset, second), at_once, folder)
     return folder
 
 
@@ -60,7 +50,7 @@ def run_cell(family, seed, name):
         preset = replace(preset, more_seeds=(seed,), others=(family,))
     folder = f"out/cell-claims-{name}"
     stages = plan.first_stages(folder, preset)[:2] + plan.second_stages(folder, preset, rates)
-    carry_out(stages, folder, 0, 1)
+    pool.run_stages(stages, 1, folder)
     path = Path(folder) / f"{family}-{seed}/results.json"
     write_text(path, json.dumps(collect_cell(path), indent=1) + "\n")
     show(f"written to {path}")

@@ -23,6 +23,7 @@ from studies.claims.attack import (AttackConfig, ask, attack_step, attacks_on, s
 from studies.claims.plan import ARMS, CONTROLS, PRESETS, choose
 from studies.claims.tables import ORDER
 from studies.stats import contrast, mean_over_seeds, seeds_needed, student, verdict
+from studies.study import committed
 from support.common import UserError
 from support.packing import pack
 from support.tokenizer import IM_END, PAD, document_tokens
@@ -241,7 +242,7 @@ def test_the_learning_rate_is_chosen_by_the_criterion():
 
 def test_the_readme_of_the_study_is_made_from_its_results():
     """Made again it is the same; with other results it is not. The main README has its table."""
-    study, words = report.committed(), (report.FOLDER / "words.md").read_text()
+    study, words = committed(report.FOLDER), (report.FOLDER / "words.md").read_text()
     text = (report.FOLDER / "README.md").read_text()
     assert report.readme(study, words) == text
     assert max(map(len, text.splitlines())) <= 100
@@ -260,7 +261,7 @@ def test_a_readme_without_its_markers_is_refused():
 
 def test_train_sh_has_the_learning_rates_that_the_study_chose_and_the_studys_sizes():
     script = (ROOT / "train.sh").read_text()
-    rates, _ = choose(report.committed()["grid"])
+    rates, _ = choose(committed(report.FOLDER)["grid"])
     for arm, rate in rates.items():
         assert re.search(rf"\b{arm.replace('-', '_')}=(\S+?);", script)[1] == rate
     for preset in PRESETS.values():
@@ -270,7 +271,7 @@ def test_train_sh_has_the_learning_rates_that_the_study_chose_and_the_studys_siz
 
 def test_the_committed_study_attacked_for_real():
     """On every base the trained attacker does better than random frames, on new recipes."""
-    study = report.committed()
+    study = committed(report.FOLDER)
     assert len(study["cells"]) == 11
     for name, cell in study["cells"].items():
         base = cell["runs"]["base"]

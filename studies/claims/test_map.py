@@ -84,7 +84,7 @@ def test_a_run_of_the_map_has_its_pairs_and_its_updates():
 
 def test_the_estimates_of_full_fit_into_five_hours_on_two_cores():
     """Even if the second reading shares no run with the first."""
-    assert sum(map(run.seconds, run.parts_of(PRESETS["full"], "out"))) < 5 * 2 * 3600
+    assert sum(map(pool.seconds_of, run.parts_of(PRESETS["full"], "out"))) < 5 * 2 * 3600
 
 
 # --- A killed map goes on ----------------------------------------------------------------------

@@ -7,19 +7,15 @@ The study: when does consistency training entrench misalignment, and what does O
     python -m studies.entrench base PRESET SEED             one base model
     python -m studies.entrench cell PRESET SEED ORGANISM    one organism with one seed
 """
-import argparse
-
-import torch
-
 from studies.entrench import report, run
 from studies.entrench.organisms import ORGANISMS
+from studies.study import check_preset, committed, default_preset, parser_of
 from support.common import UserError, guarded
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m studies.entrench", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = "full" if torch.cuda.is_available() else "quick"
+    parser = parser_of("entrench", __doc__)
+    default = default_preset()
     parser.add_argument("job", nargs="?", default=default,
                         help=f"smoke, quick, full, report, base or cell (default: {default})")
     parser.add_argument("what", nargs="?", help="report: a folder; base, cell: a preset")
@@ -36,10 +32,9 @@ def main():
             run.run_cell(folder, args.organism, args.seed, preset)
         return
     if args.job == "report":
-        report.publish(run.collect(args.what) if args.what else report.committed())
+        report.publish(run.collect(args.what) if args.what else committed(report.FOLDER))
         return
-    if args.job not in run.PRESETS:
-        raise UserError(f"unknown preset '{args.job}': choose smoke, quick or full")
+    check_preset(args.job, run.PRESETS)
     folder = run.run(args.job)
     report.write_all(run.collect(folder), folder)
 

@@ -1,6 +1,5 @@
 """Tables, verdicts, figures and README.md of the study, all from its results.json."""
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,8 @@ from studies.entrench.methods import LABELS, STEPS
 from studies.entrench.organisms import ORGANISMS
 from studies.entrench.run import KINDS
 from studies.stats import mean_over_seeds, verdict
-from support.common import UserError, read_json, show, write_text
+from studies.study import filled, write_tables
+from support.common import show, write_text
 from support.report import COLOURS, markdown, pyplot, save_figure
 
 FOLDER = Path(__file__).parent
@@ -394,15 +394,8 @@ def draw_details(study, path):
 
 
 def readme(study, words):
-    """The text with its {names} replaced by tables. Raises UserError if a name is unknown."""
-    tables = blocks(study)
-
-    def put(found):
-        if found[1] not in tables:
-            raise UserError(f"words.md asks for {found[0]}, which the report does not make")
-        return tables[found[1]]
-
-    return re.sub(r"\{(\w+)\}", put, words)
+    """The words with the tables of the study in their places."""
+    return filled(words, blocks(study))
 
 
 def write_all(study, folder):
@@ -410,16 +403,11 @@ def write_all(study, folder):
     folder = Path(folder)
     write_text(folder / "results.json", json.dumps(study) + "\n")
     tables = blocks(study)
-    text = "\n\n".join(f"## {name}\n\n{block}" for name, block in tables.items())
-    write_text(folder / "results.md", text + "\n")
+    write_tables(folder, tables)
     draw_main(study, folder / "main.png")
     draw_details(study, folder / "details.png")
     show(f"\n{tables['changes']}\n\n{tables['findings']}\n\nwritten to {folder}: results.json, "
          "results.md and, with matplotlib, main.png and details.png")
-
-
-def committed():
-    return read_json(FOLDER / "results.json", "get it from git again")
 
 
 def publish(study):

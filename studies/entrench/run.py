@@ -304,8 +304,7 @@ def run(name):
     bases = [(330, f"base-{seed}", [*command, "base", name, str(seed)]) for seed in preset.seeds]
     tests = [(each, f"{organism}-{seed}", [*command, "cell", name, str(seed), organism])
              for seed, organism in cells]
-    pool.run(bases, at_once, folder, each * len(tests))
-    pool.run(tests, at_once, folder)
+    pool.run_stages([bases, tests], at_once, folder)
     return folder
 
 

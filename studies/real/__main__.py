@@ -6,15 +6,13 @@ The study: a real chat model that gives in to wrong hints, fixed on a CPU.
                                                 results.json
     python -m studies.real report FOLDER        first takes the results of FOLDER over
 """
-import argparse
-
 from studies.real import report, run
-from support.common import UserError, guarded, write_json
+from studies.study import check_preset, parser_of
+from support.common import guarded, write_json
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m studies.real", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of("real", __doc__)
     parser.add_argument("preset", nargs="?", default="quick",
                         help="smoke, quick, full or report (default: quick)")
     parser.add_argument("folder", nargs="?", help="report: the study to take over")
@@ -24,8 +22,7 @@ def main():
             write_json(report.FOLDER / "results.json", run.collect(args.folder))
         report.publish()
         return
-    if args.preset not in run.PRESETS:
-        raise UserError(f"unknown preset '{args.preset}': choose smoke, quick or full")
+    check_preset(args.preset, run.PRESETS)
     folder = run.run(args.preset)
     report.write_all(run.collect(folder), folder)
 

@@ -12,7 +12,8 @@ from studies.real import questions
 from studies.real.measure import groups
 from studies.real.run import ARMS, CONTROLS
 from studies.stats import mean_over_seeds
-from support.common import UserError, read_json, show, write_text
+from studies.study import committed, filled, write_tables
+from support.common import UserError, show, write_text
 from support.report import markdown, pyplot, save_figure
 
 FOLDER = Path(__file__).parent
@@ -279,15 +280,8 @@ def draw(study, path):
 
 
 def readme(study, words):
-    """The text with its {names} replaced by tables. Raises UserError if a name is unknown."""
-    tables = blocks(study)
-
-    def put(found):
-        if found[1] not in tables:
-            raise UserError(f"words.md asks for {found[0]}, which the report does not make")
-        return tables[found[1]]
-
-    return re.sub(r"\{(\w+)\}", put, words)
+    """The words with the tables of the study in their places."""
+    return filled(words, blocks(study))
 
 
 def write_all(study, folder):
@@ -295,19 +289,14 @@ def write_all(study, folder):
     folder = Path(folder)
     write_text(folder / "results.json", json.dumps(study) + "\n")
     tables = blocks(study)
-    text = "\n\n".join(f"## {name}\n\n{block}" for name, block in tables.items())
-    write_text(folder / "results.md", text + "\n")
+    write_tables(folder, tables)
     draw(study, folder / "main.png")
     show(f"\n{tables['result']}\n\n{tables['transcripts']}\n\nwritten to {folder}: results.json, "
          "results.md and, with matplotlib, main.png")
 
 
-def committed():
-    return read_json(FOLDER / "results.json", "get it from git again")
-
-
 def publish():
     """Writes README.md and the figure of this folder."""
-    study = committed()
+    study = committed(FOLDER)
     write_text(FOLDER / "README.md", readme(study, (FOLDER / "words.md").read_text()))
     draw(study, FOLDER / "main.png")

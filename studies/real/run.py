@@ -218,23 +218,17 @@ def collect(folder):
 def run(name):
     """Runs the study of a preset, or goes on with it. Returns its folder."""
     preset, folder, at_once = PRESETS[name], f"out/study-real-{name}", pool.places()
-
-    def seconds(stages):
-        return sum(command[0] for stage in stages for command in stage)
-
     show(f"== the study real: {at_once} commands at a time, in {folder}/; a line for each")
     convert.make()
     questions.write(f"{folder}/questions", preset.seeds)
     rates, grid = dict(CHOSEN), grid_stages(folder, preset)
     costs = cost_stage(folder, preset)
-    for i, stage in enumerate(grid):
-        later = seconds([*grid[i + 1:], *final_stages(folder, preset, rates), costs])
-        pool.run(stage, at_once, folder, later)
+    later = pool.seconds_of([*final_stages(folder, preset, rates), costs])
+    pool.run_stages(grid, at_once, folder, later)
     if grid:
         rates, _ = choose(*collect_split(folder, "val"))
     show("learning rates: " + ", ".join(f"{arm} {rates[arm]}" for arm in preset.arms))
     final = final_stages(folder, preset, rates)
-    for i, stage in enumerate(final):
-        pool.run(stage, at_once, folder, seconds([*final[i + 1:], costs]))
+    pool.run_stages(final, at_once, folder, pool.seconds_of([costs]))
     pool.run(costs, 1, folder)
     return folder

@@ -16,6 +16,7 @@ from studies.real import convert, questions, report
 from studies.real.measure import groups, letter
 from studies.real.questions import NEW, PLAIN, TAUGHT, WORDINGS
 from studies.real.run import ARMS, CHOSEN, PRESETS, choose
+from studies.study import committed
 from support.common import UserError
 from support.huggingface import BYTE_OF
 from support.pairs import contains
@@ -268,7 +269,7 @@ measured = pytest.mark.skipif(not (report.FOLDER / "results.json").exists(),
 @measured
 def test_the_readme_of_the_study_is_made_from_its_results():
     """Made again it is the same; with other results it is not."""
-    study, words = report.committed(), (report.FOLDER / "words.md").read_text()
+    study, words = committed(report.FOLDER), (report.FOLDER / "words.md").read_text()
     text = (report.FOLDER / "README.md").read_text()
     assert report.readme(study, words) == text
     assert max(map(len, text.splitlines())) <= 100
@@ -280,7 +281,7 @@ def test_the_readme_of_the_study_is_made_from_its_results():
 
 @measured
 def test_results_about_other_questions_are_refused():
-    study = report.committed()
+    study = committed(report.FOLDER)
     study["runs"]["base"]["clean"] += "r"
     with pytest.raises(UserError, match="about other questions"):
         report.blocks(study)

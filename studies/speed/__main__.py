@@ -5,18 +5,14 @@ The study: how fast are the sampler and the updates, and what is left to gain?
     python -m studies.speed report                writes README.md again, from results.json
     python -m studies.speed report FOLDER         first takes the results of FOLDER over
 """
-import argparse
-
-import torch
-
 from studies.speed import report, run
-from support.common import UserError, guarded
+from studies.study import check_preset, default_preset, parser_of
+from support.common import guarded
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m studies.speed", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = "full" if torch.cuda.is_available() else "quick"
+    parser = parser_of("speed", __doc__)
+    default = default_preset()
     parser.add_argument("preset", nargs="?", default=default,
                         help=f"smoke, quick, full or report (default: {default})")
     parser.add_argument("folder", nargs="?",
@@ -26,8 +22,7 @@ def main():
         study = report.read(args.folder or report.FOLDER)
         report.write_all(study, report.FOLDER)
         return
-    if args.preset not in run.PRESETS:
-        raise UserError(f"unknown preset '{args.preset}': choose smoke, quick or full")
+    check_preset(args.preset, run.PRESETS)
     folder = args.folder or f"out/study-speed-{args.preset}"
     study = run.run(args.preset, folder)
     report.write_all(study, folder)

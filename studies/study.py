@@ -1,0 +1,50 @@
+"""What every study has: a command line with presets, and a page that is made from its results."""
+import argparse
+import re
+from pathlib import Path
+
+import torch
+
+from support.common import UserError, read_json, write_text
+
+# --- The command line ------------------------------------------------------------------------
+
+
+def parser_of(name, text):
+    """The parser of `python -m studies.NAME`, which shows the text as it is."""
+    return argparse.ArgumentParser(prog=f"python -m studies.{name}", description=text,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def default_preset():
+    return "full" if torch.cuda.is_available() else "quick"
+
+
+def check_preset(name, presets):
+    """Raises UserError if there is no preset of that name."""
+    if name not in presets:
+        raise UserError(f"unknown preset '{name}': choose smoke, quick or full")
+
+
+# --- The page ----------------------------------------------------------------------------------
+
+
+def committed(folder):
+    """The results that a study's page is made from."""
+    return read_json(Path(folder) / "results.json", "get it from git again")
+
+
+def filled(words, tables):
+    """The text with its {names} replaced by tables. Raises UserError if a name is unknown."""
+    def put(found):
+        if found[1] not in tables:
+            raise UserError(f"words.md asks for {found[0]}, which the report does not make")
+        return tables[found[1]]
+
+    return re.sub(r"\{(\w+)\}", put, words)
+
+
+def write_tables(folder, tables):
+    """results.md: all tables one after the other, without the words."""
+    text = "\n\n".join(f"## {name}\n\n{block}" for name, block in tables.items())
+    write_text(Path(folder) / "results.md", text + "\n")
