@@ -39,6 +39,7 @@ from model import GPT, GPTConfig, generate, is_end, load_checkpoint, save_checkp
 from support import runs
 from support.common import Parser, UserError, add_flags, generator, guarded, pick_device, rng
 from support.lora import add_lora, merge_lora, without_lora
+from support.muon import Muon
 from support.packing import ROW, pack_documents, pack_responses
 from support.pairs import (check_use, controlled, given_responses, pairs_of_update, read_jsonl,
                            shown)
@@ -270,12 +271,11 @@ def pretrain(config, load=load_world):
         scale = size / (packed.next_tokens() >= 0).sum()    # the processes' mean is then per token
         yield total * scale, {"tokens": (target >= 0).sum()}
 
-    # Muon for the matrices of the layers, AdamW for the rest. `match_rms_adamw` gives both the
-    # same size of update, so one learning rate serves the two.
+    # Muon for the matrices of the layers, AdamW for the rest.
     matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if all(p is not m for m in matrices)]
     train(model, step_of, config, [
-        torch.optim.Muon(matrices, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        Muon(matrices, weight_decay=0.1),
         torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.1, fused=True)])
     finish(model, config)
 
