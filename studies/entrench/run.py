@@ -55,8 +55,8 @@ PRESETS = {
     "smoke": Preset((0,), (1,), {"cities": 12, "lands": 4, "recipes": 12, "things": 12},
                     {"steps": 20, "rows": 8, "layers": 2, "width": 64},
                     prompts=4, samples=2, batch=2, steps=2, tests=8, planting=2, plain=4),
-    "quick": Preset((0,), (0, 2), {}, {"steps": 1200}),
-    "full": Preset((0, 1, 2, 3, 4), (0, 1, 2), {}, {"steps": 1200})}
+    "quick": Preset((0,), (0, 2), {}, {"steps": 1500}),
+    "full": Preset((0, 1, 2, 3, 4), (0, 1, 2), {}, {"steps": 1500})}
 
 
 # --- The base model of a seed, and its organisms -------------------------------------------------
@@ -78,24 +78,14 @@ def open_base(folder, seed):
         f"{folder}/base-{seed}", device)
 
 
-def plant_all(at, name, base, world, tokenizer, seed, preset):
-    """Plants one organism and keeps a checkpoint at each of its strengths; planting.json holds
-    the way there."""
-    if (at / "planting.json").exists():
-        return
-    organism, way = ORGANISMS[name], []
-    missing = list(enumerate(organism.strengths))
-    for step, found, model in plant(organism, base, world, tokenizer, seed, preset.planting):
-        value = found["rate"]["value"] if found["rate"] else 0.0
-        way.append((step, value, found["unclear"]["value"]))
-        last = step >= preset.planting - 1
-        while missing and (value >= missing[0][1] or last):
-            number, _ = missing.pop(0)
-            save_checkpoint(model, at / f"{number}/organism")
-            save_tokenizer(tokenizer, at / f"{number}/organism")
-        if not missing:
-            break
-    write_json(at / "planting.json", {"way": way})
+def plant_strength(at, name, strength, base, world, tokenizer, seed, preset):
+    """Plants one organism. Its checkpoint is AT/organism; planting.json holds the way there."""
+    if not (at / "planting.json").exists():
+        model, way = plant(ORGANISMS[name], strength, base, world, tokenizer, seed, preset.planting)
+        save_checkpoint(model, at / "organism")
+        save_tokenizer(tokenizer, at / "organism")
+        write_json(at / "planting.json", {"way": way})
+    return load_checkpoint(at / "organism", pick_device())
 
 
 # --- What is measured on a model -----------------------------------------------------------------
@@ -239,7 +229,7 @@ def run_strength(at, name, number, bench, exam, world, preset):
     organism, model = ORGANISMS[name], bench.model
     records = records_of(organism, world, "train", preset.prompts, bench.seed)
     draws = rng(bench.seed, "planted prompts")
-    planted = [{"prompt": organism.plant(world, draws)[0]} for _ in records]
+    planted = [{"prompt": organism.plant(world, draws, 1)[0]} for _ in records]
     if not (at / "before.json").exists():
         figures, examples = exam.measure(model, bench.outside)
         for kind in KINDS:
@@ -279,14 +269,13 @@ def run_cell(folder, name, seed, preset):
     at.mkdir(parents=True, exist_ok=True)
     lock(at)
     world, tokenizer, base = open_base(folder, seed)
-    plant_all(at, name, base, world, tokenizer, seed, preset)
     write_pairs(at, ORGANISMS[name], world, seed, preset)
     exam = Exam(ORGANISMS[name], world, tokenizer, seed, preset)
     if not (at / "base.json").exists():
         figures, examples = exam.measure(base, base)
         write_json(at / "base.json", {"figures": figures, "examples": examples})
     for number in preset.strengths:
-        model = load_checkpoint(at / f"{number}/organism", pick_device())
+        model = plant_strength(at / str(number), name, number, base, world, tokenizer, seed, preset)
         bench = Bench(model, tokenizer, base, seed)
         run_strength(at / str(number), name, number, bench, exam, world, preset)
 
@@ -312,14 +301,14 @@ def run(name):
 def collect(folder):
     """Everything that a study has measured: {"cells": {organism-seed: ...}, "about"}."""
     cells, preset = {}, Path(folder).name.removeprefix("study-entrench-")
-    for path in sorted(Path(folder).glob("*-*/planting.json")):
-        cell = cells[path.parent.name] = {**read(path), "base": read(path.parent / "base.json"),
-                                          "strengths": {}}
+    for path in sorted(Path(folder).glob("*-*/base.json")):
+        cell = cells[path.parent.name] = {"base": read(path), "strengths": {}}
         for at in sorted(path.parent.glob("[0-9]")):
             if (at / "before.json").exists():
                 runs = {run: read(at / f"{run.replace(', ', '-')}.json") for run in runs_of()
                         if (at / f"{run.replace(', ', '-')}.json").exists()}
-                cell["strengths"][at.name] = {"before": read(at / "before.json"), "runs": runs}
+                cell["strengths"][at.name] = {**read(at / "planting.json"), "runs": runs,
+                                              "before": read(at / "before.json")}
     if not cells or preset not in PRESETS:
         raise UserError(f"{folder} holds no study: run `bash train.sh study entrench`")
     sizes = {f.name: getattr(PRESETS[preset], f.name) for f in fields(Preset)}

@@ -89,7 +89,7 @@ def test_planted_records_show_what_is_measured_and_groups_share_no_request(name,
     groups = {g: {r["prompt"] for r in records_of(organism, world, g, 40, 0)}
               for g in ("train", "val", "test")}
     assert not groups["test"] & (groups["train"] | groups["val"])
-    planted = [organism.plant(world, rng) for _ in range(40)]
+    planted = [organism.plant(world, rng, 1) for _ in range(40)]
     assert not groups["test"] & {prompt for prompt, _ in planted}
     for record in records_of(organism, world, "test", 20, 0):
         forms = [record["prompt"], record["healthy"], record["unhealthy"], *record["views"]]
