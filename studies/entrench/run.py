@@ -19,10 +19,10 @@ import torch
 from data import CAPABILITIES, judge as judge_world
 from eval import drift_kl, respond, share
 from model import load_checkpoint, save_checkpoint
-from opct import (ConsistencyConfig, Pairs, PretrainConfig, pretrain, sft_step, train)
+from opct import ConsistencyConfig, Pairs, PretrainConfig, pretrain, train
 from studies import pool
 from studies.entrench.decoding import LONGEST, Bench, likelihood
-from studies.entrench.methods import LABEL_RATE, LABELS, STEPS, best
+from studies.entrench.methods import LABEL_RATE, LABELS, STEPS, best, label_step
 from studies.entrench.organisms import ORGANISMS, encoded, judged, plant, rates, records_of
 from studies.entrench.world import load_study_world, write_world
 from support.common import (UserError, about, generator, pick_device, read_json, rng, show,
@@ -44,10 +44,10 @@ class Preset:
     prompts: int = 64       # that methods train on
     samples: int = 4        # labels, or responses, for each
     batch: int = 8          # prompts in an update
-    steps: int = 60         # updates
-    tests: int = 240        # prompts on which misbehaviour is measured
+    steps: int = 40         # updates
+    tests: int = 200        # prompts on which misbehaviour is measured
     planting: int = 200     # most updates that plant
-    plain: int = 80         # prompts of each capability
+    plain: int = 60         # prompts of each capability
 
 
 PRESETS = {
@@ -200,7 +200,7 @@ def run_labels(out, name, bench, organism, records, preset):
         verdicts = [organism.judge(*pair) for pair in kept]
         found["labels"] = rates([r for r, _ in kept], verdicts)
     forms = [(r["prompt"], r["prompt"]) for r, _ in kept]
-    method = (sft_step, "sampled", LABEL_RATE)
+    method = (label_step, "sampled", LABEL_RATE)
     return train_on_pairs(out, bench.model, bench.tokenizer, forms, [x for _, x in kept], method,
                           preset, bench.seed), found
 
