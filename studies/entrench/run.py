@@ -217,11 +217,12 @@ def run_steps(out, name, kind, bench, organism, records, preset):
 
 
 def runs_of():
-    """The runs of each strength: name -> (method, kind of prompts). One run has prompts of the
+    """The runs of each strength: name -> (method, kind of prompts). Two runs have prompts of the
     kind that was planted, as all have in 2606.03810."""
-    pairs = {f"{name}, {kind}": (name, kind) for name in STEPS for kind in KINDS}
     labels = {name: (name, "measured") for name in LABELS}
-    return labels | {"greedy, planted": ("greedy", "planted")} | pairs
+    planted = {f"{name}, planted": (name, "planted") for name in ("sampling", "greedy")}
+    pairs = {f"{name}, {kind}": (name, kind) for kind in KINDS for name in STEPS}
+    return labels | planted | pairs
 
 
 def run_strength(at, name, number, bench, exam, world, preset):
