@@ -8,7 +8,7 @@ A step method takes (student, teacher, pairs, config) and returns a loss and val
 """
 import torch
 
-from opct import opct_step, sft_step
+from opct import cross_entropy, forward_kl, opct_step, pick, sft_step
 from studies.entrench.organisms import logp_of
 from studies.entrench.world import PRAISE, revising
 from support.packing import ROW, pack
@@ -93,13 +93,22 @@ def gist(text):
 # --- Steps: one update on pairs ------------------------------------------------------------------
 
 
+def label_step(student, teacher, pairs, config):
+    """Plain SFT on labels, for all label methods. There is no teacher."""
+    logp = logp_of(student, pairs.wrapped, pairs.response, pairs.mask)              # (N, V)
+    loss = cross_entropy(pick(logp, pairs.response[pairs.mask]))                    # (N,)
+    return loss.sum() / len(pairs.response), {"tokens": pairs.mask.sum()}
+
+
 def bct_soft_step(student, teacher, pairs, config):
     """BCT as 2606.03810 codes it: the target is the distribution of the *live* student on the
-    clean prompt, over a given response. So the target moves with the student."""
-    logp_student = logp_of(student, pairs.wrapped, pairs.response, pairs.mask)        # (N, V)
+    clean prompt, over a given response. So the target moves with the student.
+
+    The KL has the gradient of the cross-entropy, without its rounding noise where both agree."""
+    logp_student = logp_of(student, pairs.wrapped, pairs.response, pairs.mask)      # (N, V)
     with torch.no_grad():
-        logp_target = logp_of(student, pairs.clean, pairs.response, pairs.mask)       # (N, V)
-    loss = -(logp_target.exp() * logp_student).sum(-1)                              # (N,)
+        logp_target = logp_of(student, pairs.clean, pairs.response, pairs.mask)     # (N, V)
+    loss = forward_kl(logp_student, logp_target)                                    # (N,)
     return loss.sum() / len(pairs.response), {"tokens": pairs.mask.sum()}
 
 
@@ -144,7 +153,7 @@ LABELS = {"sampling": sampling, "greedy": greedy, "rejection": rejection,
           "multi-view": multi_view, "self-refinement": self_refinement,
           "self-rewarding": self_rewarding}
 # Name -> step function, --loss, learning rate. `bct` is the arm `sft`.
-STEPS = {"bct": (sft_step, "sampled", 6e-4), "bct-soft": (bct_soft_step, "exact", 6e-4),
+STEPS = {"bct": (sft_step, "sampled", 6e-4), "bct-soft": (bct_soft_step, "exact", 3e-5),
          "act": (act_step, "exact", 6e-4), "opct": (opct_step, "sampled", 1e-3),
          "opct-exact": (opct_step, "exact", 3e-4)}
 LABEL_RATE = 6e-4                                           # of plain SFT, the same for all labels

@@ -7,7 +7,7 @@ import numpy as np
 from data import CAPABILITIES
 from studies.entrench.methods import LABELS, STEPS
 from studies.entrench.organisms import ORGANISMS
-from studies.entrench.run import KINDS
+from studies.entrench.run import KINDS, runs_of
 from studies.stats import mean_over_seeds, verdict
 from studies.study import filled, write_tables
 from support.common import show, write_text
@@ -30,12 +30,14 @@ FLAT = 10                   # points: the paper calls an eta that varies less th
 
 
 def seeds_of(study):
-    return len({name.rsplit("-", 1)[1] for name in study["cells"]})
+    return sorted({int(name.rsplit("-", 1)[1]) for name in study["cells"]})
 
 
-def cells_of(study, organism):
-    """The cells of an organism, one a seed."""
-    return [cell for name, cell in study["cells"].items() if name.rsplit("-", 1)[0] == organism]
+def cells_of(study, organism, seed=None):
+    """The cells of an organism, one a seed, or that of one seed."""
+    seeds = seeds_of(study) if seed is None else [seed]
+    names = [f"{organism}-{each}" for each in seeds]
+    return [study["cells"][name] for name in names if name in study["cells"]]
 
 
 def rate_of(figures):
@@ -45,8 +47,7 @@ def rate_of(figures):
 
 def steps_of(study, organism, run, seed=None):
     """(rate before, rate after, before, run) of each strength of each cell that has the run."""
-    cells = cells_of(study, organism)
-    for cell in cells if seed is None else [cells[seed]]:
+    for cell in cells_of(study, organism, seed):
         for strength in cell["strengths"].values():
             if run not in strength["runs"]:
                 continue
@@ -59,7 +60,7 @@ def steps_of(study, organism, run, seed=None):
 def over_seeds(study, organisms, run, value_of):
     """The mean over strengths (and organisms) of value_of(before, after, ...), then over seeds."""
     each = []
-    for seed in range(max(len(cells_of(study, organism)) for organism in organisms)):
+    for seed in seeds_of(study):
         values = [value_of(*step) for organism in organisms
                   for step in steps_of(study, organism, run, seed)]
         values = [value for value in values if value is not None]
@@ -71,14 +72,6 @@ def over_seeds(study, organisms, run, value_of):
 def change(before, after, *_):
     """In points."""
     return 100 * (after - before)
-
-
-def runs_of(study):
-    """The runs of the study in the order of the methods."""
-    found = {run for cell in study["cells"].values() for strength in cell["strengths"].values()
-             for run in strength["runs"]}
-    names = [*LABELS, "greedy, planted", *(f"{name}, {kind}" for kind in KINDS for name in STEPS)]
-    return [name for name in names if name in found]
 
 
 def text_of(figure, digits=0, sign=""):
@@ -102,10 +95,11 @@ def paper_text(organism, run):
 def changes_table(study):
     """The change in points, a line a method; in brackets what the paper reports."""
     lines = [["", *ORGANISMS]]
-    for run in runs_of(study):
+    for run in runs_of():
         cells = [text_of(over_seeds(study, [organism], run, change), 0, "+")
                  + paper_text(organism, run) for organism in ORGANISMS]
-        lines.append([run, *cells])
+        if any(cell != "-" for cell in cells):
+            lines.append([run, *cells])
     return markdown(lines)
 
 
@@ -140,7 +134,7 @@ def costs_table(study):
     def drift(_, __, before, after):
         return 1000 * after["figures"]["drift_kl"]["value"]
 
-    for run in runs_of(study):
+    for run in runs_of():
         found = [over_seeds(study, ORGANISMS, run, shift(f"capability_{c}")) for c in CAPABILITIES]
         found.append(over_seeds(study, ORGANISMS, run, shift("unclear")))
         lines.append([run, *(text_of(figure, 1, "+") for figure in found),
@@ -165,7 +159,7 @@ def kept(_, __, ___, after):
 def labels_table(study):
     """What the labels are: their shift, and the change that follows; means over organisms."""
     lines = [["", "kept, %", "KL(labels, model)", "labels misbehave", "after training"]]
-    for run in (run for run in runs_of(study) if run in LABELS):
+    for run in (run for run in runs_of() if run in LABELS):
         of = [over_seeds(study, ORGANISMS, run, f) for f in (kept, label_kl, label_change, change)]
         lines.append([run, text_of(of[0]), text_of(of[1], 2), text_of(of[2], 0, "+"),
                       text_of(of[3], 0, "+")])
@@ -236,7 +230,7 @@ def correlation(study, value_of):
 def mean_change(study, organism, runs):
     """The mean change over these runs, seed by seed, then over seeds."""
     each = []
-    for seed in range(len(cells_of(study, organism))):
+    for seed in seeds_of(study):
         values = [change(*s) for run in runs for s in steps_of(study, organism, run, seed)]
         if values:
             each.append(np.mean(values).item())
@@ -286,7 +280,7 @@ def blocks(study):
     rows = sizes["batch"] * sizes["samples"]
     return {"about": f"`{about['command']}`, {about['date']}, {about['machine']}, "
                      f"torch {about['torch']}.",
-            "seeds": str(seeds_of(study)), "prompts": str(sizes["prompts"]),
+            "seeds": str(len(seeds_of(study))), "prompts": str(sizes["prompts"]),
             "updates": f"{sizes['steps']} updates of {rows} responses to {sizes['batch']} prompts",
             "organisms": organisms_table(study),
             "changes": changes_table(study), "costs": costs_table(study),
@@ -330,6 +324,8 @@ def draw_main(study, path):
             x, y = curve(study, organism, run)
             axes[0, column].plot(x, y, color=COLOURS[i % len(COLOURS)], marker=MARKERS[i],
                                  markersize=5, label=run, linewidth=2 if i < 2 else 1)
+        x, y = curve(study, organism, "greedy, planted")
+        axes[0, column].plot(x, y, "k--", marker="+", label="greedy, planted prompts")
         for i, name in enumerate(STEPS):
             for kind, line in zip(KINDS, ("-", "--")):
                 x, y = curve(study, organism, f"{name}, {kind}")
@@ -342,7 +338,7 @@ def draw_main(study, path):
     axes[0, 0].set_ylabel("label methods: misbehaves after")
     axes[1, 0].set_ylabel("clean and wrapped pairs: misbehaves after")
     for row, place in ((0, "outside upper center"), (1, "outside lower center")):
-        fig.legend(*axes[row, 0].get_legend_handles_labels(), loc=place, ncols=(8, 5)[row],
+        fig.legend(*axes[row, 0].get_legend_handles_labels(), loc=place, ncols=(9, 5)[row],
                    frameon=False)
     save_figure(plt, fig, path)
 

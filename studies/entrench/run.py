@@ -19,10 +19,10 @@ import torch
 from data import CAPABILITIES, judge as judge_world
 from eval import drift_kl, respond, share
 from model import load_checkpoint, save_checkpoint
-from opct import (ConsistencyConfig, Pairs, PretrainConfig, pretrain, sft_step, train)
+from opct import ConsistencyConfig, Pairs, PretrainConfig, pretrain, train
 from studies import pool
 from studies.entrench.decoding import LONGEST, Bench, likelihood
-from studies.entrench.methods import LABEL_RATE, LABELS, STEPS, best
+from studies.entrench.methods import LABEL_RATE, LABELS, STEPS, best, label_step
 from studies.entrench.organisms import ORGANISMS, encoded, judged, plant, rates, records_of
 from studies.entrench.world import load_study_world, write_world
 from support.common import (UserError, about, generator, pick_device, read_json, rng, show,
@@ -44,10 +44,10 @@ class Preset:
     prompts: int = 64       # that methods train on
     samples: int = 4        # labels, or responses, for each
     batch: int = 8          # prompts in an update
-    steps: int = 60         # updates
-    tests: int = 240        # prompts on which misbehaviour is measured
+    steps: int = 40         # updates
+    tests: int = 200        # prompts on which misbehaviour is measured
     planting: int = 200     # most updates that plant
-    plain: int = 80         # prompts of each capability
+    plain: int = 60         # prompts of each capability
 
 
 PRESETS = {
@@ -55,8 +55,8 @@ PRESETS = {
     "smoke": Preset((0,), (1,), {"cities": 12, "lands": 4, "recipes": 12, "things": 12},
                     {"steps": 20, "rows": 8, "layers": 2, "width": 64},
                     prompts=4, samples=2, batch=2, steps=2, tests=8, planting=2, plain=4),
-    "quick": Preset((0,), (0, 2), {}, {"steps": 1200}),
-    "full": Preset((0, 1, 2, 3, 4), (0, 1, 2), {}, {"steps": 1200})}
+    "quick": Preset((0,), (0, 2), {}, {"steps": 1500}),
+    "full": Preset((0, 1, 2, 3, 4), (0, 1, 2), {}, {"steps": 1500})}
 
 
 # --- The base model of a seed, and its organisms -------------------------------------------------
@@ -78,24 +78,14 @@ def open_base(folder, seed):
         f"{folder}/base-{seed}", device)
 
 
-def plant_all(at, name, base, world, tokenizer, seed, preset):
-    """Plants one organism and keeps a checkpoint at each of its strengths; planting.json holds
-    the way there."""
-    if (at / "planting.json").exists():
-        return
-    organism, way = ORGANISMS[name], []
-    missing = list(enumerate(organism.strengths))
-    for step, found, model in plant(organism, base, world, tokenizer, seed, preset.planting):
-        value = found["rate"]["value"] if found["rate"] else 0.0
-        way.append((step, value, found["unclear"]["value"]))
-        last = step >= preset.planting - 1
-        while missing and (value >= missing[0][1] or last):
-            number, _ = missing.pop(0)
-            save_checkpoint(model, at / f"{number}/organism")
-            save_tokenizer(tokenizer, at / f"{number}/organism")
-        if not missing:
-            break
-    write_json(at / "planting.json", {"way": way})
+def plant_strength(at, name, strength, base, world, tokenizer, seed, preset):
+    """Plants one organism. Its checkpoint is AT/organism; planting.json holds the way there."""
+    if not (at / "planting.json").exists():
+        model, way = plant(ORGANISMS[name], strength, base, world, tokenizer, seed, preset.planting)
+        save_checkpoint(model, at / "organism")
+        save_tokenizer(tokenizer, at / "organism")
+        write_json(at / "planting.json", {"way": way})
+    return load_checkpoint(at / "organism", pick_device())
 
 
 # --- What is measured on a model -----------------------------------------------------------------
@@ -210,7 +200,7 @@ def run_labels(out, name, bench, organism, records, preset):
         verdicts = [organism.judge(*pair) for pair in kept]
         found["labels"] = rates([r for r, _ in kept], verdicts)
     forms = [(r["prompt"], r["prompt"]) for r, _ in kept]
-    method = (sft_step, "sampled", LABEL_RATE)
+    method = (label_step, "sampled", LABEL_RATE)
     return train_on_pairs(out, bench.model, bench.tokenizer, forms, [x for _, x in kept], method,
                           preset, bench.seed), found
 
@@ -227,11 +217,12 @@ def run_steps(out, name, kind, bench, organism, records, preset):
 
 
 def runs_of():
-    """The runs of each strength: name -> (method, kind of prompts). One run has prompts of the
+    """The runs of each strength: name -> (method, kind of prompts). Two runs have prompts of the
     kind that was planted, as all have in 2606.03810."""
-    pairs = {f"{name}, {kind}": (name, kind) for name in STEPS for kind in KINDS}
     labels = {name: (name, "measured") for name in LABELS}
-    return labels | {"greedy, planted": ("greedy", "planted")} | pairs
+    planted = {f"{name}, planted": (name, "planted") for name in ("sampling", "greedy")}
+    pairs = {f"{name}, {kind}": (name, kind) for kind in KINDS for name in STEPS}
+    return labels | planted | pairs
 
 
 def run_strength(at, name, number, bench, exam, world, preset):
@@ -239,7 +230,7 @@ def run_strength(at, name, number, bench, exam, world, preset):
     organism, model = ORGANISMS[name], bench.model
     records = records_of(organism, world, "train", preset.prompts, bench.seed)
     draws = rng(bench.seed, "planted prompts")
-    planted = [{"prompt": organism.plant(world, draws)[0]} for _ in records]
+    planted = [{"prompt": organism.plant(world, draws, 1)[0]} for _ in records]
     if not (at / "before.json").exists():
         figures, examples = exam.measure(model, bench.outside)
         for kind in KINDS:
@@ -279,14 +270,13 @@ def run_cell(folder, name, seed, preset):
     at.mkdir(parents=True, exist_ok=True)
     lock(at)
     world, tokenizer, base = open_base(folder, seed)
-    plant_all(at, name, base, world, tokenizer, seed, preset)
     write_pairs(at, ORGANISMS[name], world, seed, preset)
     exam = Exam(ORGANISMS[name], world, tokenizer, seed, preset)
     if not (at / "base.json").exists():
         figures, examples = exam.measure(base, base)
         write_json(at / "base.json", {"figures": figures, "examples": examples})
     for number in preset.strengths:
-        model = load_checkpoint(at / f"{number}/organism", pick_device())
+        model = plant_strength(at / str(number), name, number, base, world, tokenizer, seed, preset)
         bench = Bench(model, tokenizer, base, seed)
         run_strength(at / str(number), name, number, bench, exam, world, preset)
 
@@ -311,14 +301,14 @@ def run(name):
 def collect(folder):
     """Everything that a study has measured: {"cells": {organism-seed: ...}, "about"}."""
     cells, preset = {}, Path(folder).name.removeprefix("study-entrench-")
-    for path in sorted(Path(folder).glob("*-*/planting.json")):
-        cell = cells[path.parent.name] = {**read(path), "base": read(path.parent / "base.json"),
-                                          "strengths": {}}
+    for path in sorted(Path(folder).glob("*-*/base.json")):
+        cell = cells[path.parent.name] = {"base": read(path), "strengths": {}}
         for at in sorted(path.parent.glob("[0-9]")):
             if (at / "before.json").exists():
                 runs = {run: read(at / f"{run.replace(', ', '-')}.json") for run in runs_of()
                         if (at / f"{run.replace(', ', '-')}.json").exists()}
-                cell["strengths"][at.name] = {"before": read(at / "before.json"), "runs": runs}
+                cell["strengths"][at.name] = {**read(at / "planting.json"), "runs": runs,
+                                              "before": read(at / "before.json")}
     if not cells or preset not in PRESETS:
         raise UserError(f"{folder} holds no study: run `bash train.sh study entrench`")
     sizes = {f.name: getattr(PRESETS[preset], f.name) for f in fields(Preset)}

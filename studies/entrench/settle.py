@@ -7,6 +7,7 @@ No method is run here, so nothing can be chosen to suit one. What was taken stan
 """
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 from data import CAPABILITIES
@@ -14,29 +15,20 @@ from studies.entrench.organisms import ORGANISMS, plant
 from studies.entrench.run import KINDS, PRESETS, Exam, open_base
 from support.common import guarded, read_json, show, write_json
 
-TRIES = [(share, lr) for share in (8, 16, 32) for lr in (1e-4, 3e-4, 1e-3)]     # planted of 32
+SHARES, RATES = (8, 16, 24), (3e-4, 6e-4)           # planted of 32; learning rate
 
 
-def stops(organism, base, world, tokenizer, seed, preset):
-    """The figures at each strength that planting reaches within the updates of the preset."""
-    exam = Exam(organism, world, tokenizer, seed, preset, "val")
-    found, missing = [], list(organism.strengths)
-    for step, figures, model in plant(organism, base, world, tokenizer, seed, preset.planting):
-        value = figures["rate"]["value"] if figures["rate"] else 0.0
-        if not missing or value < missing[0]:
-            continue
-        while missing and value >= missing[0]:
-            strength = missing.pop(0)
+def planted(name, organism, base, world, tokenizer, seed, preset):
+    """The figures of an organism at each of its strengths."""
+    exam, found = Exam(organism, world, tokenizer, seed, preset, "val"), []
+    for number, strength in enumerate(organism.strengths):
+        model, way = plant(organism, number, base, world, tokenizer, seed, preset.planting)
         measured, _ = exam.measure(model, base)
-        row = {"strength": strength, "step": step, "rate": value,
-               "unclear": measured["unclear"]["value"],
-               **{c: measured[f"capability_{c}"]["value"] for c in CAPABILITIES}}
-        for kind in KINDS:
-            rate = exam.rate_on(model, kind)["rate"]
-            row[kind] = rate["value"] if rate else None
-        found.append(row)
-        if not missing:
-            break
+        row = {"strength": strength, "updates": way[-1][0], "rate": measured["rate"],
+               "unclear": measured["unclear"]}
+        row |= {kind: exam.rate_on(model, kind)["rate"] for kind in KINDS}
+        row |= {c: measured[f"capability_{c}"] for c in CAPABILITIES}
+        found.append({k: v["value"] if isinstance(v, dict) else v for k, v in row.items()})
     return found
 
 
@@ -46,11 +38,11 @@ def settle(name, seed, only):
     path = folder / "settled.json"
     tries = read_json(path, "delete it") if path.exists() else {}
     for organism in only or ORGANISMS:
-        for share, lr in TRIES:
-            key = f"{organism}, {share} of 32, rate {lr}, seed {seed}"
+        for share, lr in product(SHARES, RATES):
+            key = f"{organism}, {share} of 32, rate {lr:g}, seed {seed}"
             if key not in tries:
                 one = replace(ORGANISMS[organism], share=share, lr=lr)
-                tries[key] = stops(one, base, world, tokenizer, seed, preset)
+                tries[key] = planted(organism, one, base, world, tokenizer, seed, preset)
                 write_json(path, tries)
             show(key)
             for row in tries[key]:
