@@ -15,6 +15,7 @@ B batch, T tokens, S keys, V vocabulary, C hidden size, H query heads, K key/val
 D head size.
 """
 from dataclasses import asdict, dataclass, fields
+from os.path import commonprefix
 
 import torch
 import torch.nn as nn
@@ -60,13 +61,16 @@ class GPTConfig:
 
 
 class KVCache:
-    """Keys and values, preallocated: (2, B, K, S, D) a layer, `length` of S columns filled."""
+    """Keys and values, preallocated: (2, B, K, S, D) a layer, `length` of S columns filled, all
+    rows with those of `prefix`, a cache of one row."""
 
-    def __init__(self, config, batch, size, like):
+    def __init__(self, config, batch, size, like, prefix=None):
         shape = (2, batch, config.num_key_value_heads, size, config.head_dim)
         self.layers = [torch.empty(shape, dtype=like.dtype, device=like.device)
                        for _ in range(config.num_hidden_layers)]
-        self.length = 0
+        self.length = prefix.length if prefix else 0
+        for mine, others in zip(self.layers, prefix.layers if prefix else []):
+            mine[:, :, :, :self.length] = others
 
     def update(self, layer, k, v):
         """Adds k, v (B, K, T, D) and returns all that is filled: (B, K, length + T, D)."""
@@ -76,12 +80,12 @@ class KVCache:
         values[:, :, self.length:end] = v
         return keys[:, :, :end], values[:, :, :end]
 
-    def fill(self, rows, other, source):
-        """Copies rows `source` of another cache, right-aligned, to these rows (a slice)."""
-        start = self.length - other.length
+    def fill(self, rows, other, source, first):
+        """Copies columns `first`: of another cache's rows `source` to these rows, right-aligned."""
+        start = self.length - other.length + first
         for mine, others in zip(self.layers, other.layers):
-            mine[:, rows, :, :start] = 0    # masked, but a NaN in memory would pass the mask
-            mine[:, rows, :, start:self.length] = others[:, source]
+            mine[:, rows, :, first:start] = 0   # masked, but a NaN in memory would pass the mask
+            mine[:, rows, :, start:self.length] = others[:, source, :, first:]
 
     def keep(self, rows):
         """Drops all but these rows (indices) of the batch; only what is filled moves."""
@@ -263,61 +267,68 @@ def sample(logits, temperature, noise):
 
 @dataclass
 class Batch:
-    """The rows still being sampled. Padded on the left, so all end in the same column."""
+    """The rows still being sampled: what all begin with, padding, the rest. So all end alike."""
     rows: torch.Tensor                      # (B,) the place of each among all responses
     noise: torch.Tensor                     # (B, max_new_tokens)
-    padding: torch.Tensor                   # (B,) columns of padding in front of the prompt
+    padding: torch.Tensor                   # (B,) columns of padding
     visible: torch.Tensor                   # (B, S) bool: not padding
     ended: torch.Tensor                     # (B,) bool: the end token has been sampled
     cache: KVCache
     token: torch.Tensor | None = None       # (B,) the last one sampled
 
 
-def prefill_rows(model, prompts):
-    """Runs the model over some prompts (tuples), equal ones only once.
+def prefill_rows(model, prefix, rests):
+    """Runs the model over some prompts, equal ones only once.
 
+    prefix: a KVCache of what all begin with; rests: the tokens (tuples) that follow in each.
     Returns a KVCache of the b distinct ones, the logits (b, V) after each, and which is whose (B,).
     """
     device, pad = model.device, model.config.pad_token_id or 0      # masked: any id will do
-    distinct = {p: i for i, p in enumerate(dict.fromkeys(prompts))}         # prompt -> its row
-    source = torch.tensor([distinct[p] for p in prompts], device=device)
-    width = max(map(len, prompts))
-    padding = torch.tensor([[width - len(p)] for p in distinct], device=device)
-    idx = torch.tensor([(pad,) * (width - len(p)) + p for p in distinct], device=device)
+    distinct = {rest: i for i, rest in enumerate(dict.fromkeys(rests))}     # rest -> its row
+    source = torch.tensor([distinct[rest] for rest in rests], device=device)
+    width, first = max(map(len, rests)), prefix.length
+    padding = torch.tensor([[width - len(rest)] for rest in distinct], device=device)
+    idx = torch.tensor([(pad,) * (width - len(rest)) + rest for rest in distinct], device=device)
     column = torch.arange(width, device=device)
     positions = column - padding                                            # under 0: padding
     mask = (positions[:, None] >= 0) & (column <= column[:, None])          # (b, width, width)
     # Padding sees itself, or its softmax would be over nothing.
     mask |= torch.eye(width, dtype=torch.bool, device=device)
-    cache = KVCache(model.config, len(distinct), width, like=model.lm_head.weight)
-    hidden = model.model(idx, positions.clamp(min=0), mask[:, None], cache)
+    mask = F.pad(mask, (first, 0), value=True)                              # all see the prefix
+    cache = KVCache(model.config, len(distinct), first + width, model.lm_head.weight, prefix)
+    hidden = model.model(idx, first + positions.clamp(min=0), mask[:, None], cache)
     return cache, model.lm_head(hidden[:, -1]), source
 
 
 def prefill(model, prompts, noise):
     """Runs the model over all prompts. Returns a Batch and the logits (B, V) of what follows.
 
-    Sorted by length, some rows at a time, so short ones are not padded to the longest of all.
+    What all prompts begin with, such as a system message, is computed once. The rest goes sorted by
+    length, some rows at a time, so short ones are not padded to the longest of all.
     """
     B, P, limit = len(prompts), max(map(len, prompts)), noise.shape[1]
     device, context = model.device, model.config.max_position_embeddings
     if P + limit > context:
         raise ValueError(f"a prompt of {P} tokens and {limit} new ones do not fit into the "
                          f"context of {context}: shorten the prompt, or ask for fewer new tokens")
-    order = sorted(range(B), key=lambda i: (len(prompts[i]), prompts[i]))
-    cache, logits = KVCache(model.config, B, P + limit, like=model.lm_head.weight), []
+    shared, like = commonprefix([p[:-1] for p in prompts]), model.lm_head.weight
+    prefix, first, logits = KVCache(model.config, 1, len(shared), like), len(shared), []
+    if shared:
+        model.model(torch.tensor([shared], device=device), None, None, prefix)
+    cache = KVCache(model.config, B, P + limit, like, prefix)
     cache.length = P
-    for first in range(0, B, PREFILL_ROWS):
-        some = order[first:first + PREFILL_ROWS]
-        part, after, source = prefill_rows(model, [tuple(prompts[i]) for i in some])
-        cache.fill(slice(first, first + len(some)), part, source)
+    order = sorted(range(B), key=lambda i: (len(prompts[i]), prompts[i]))
+    for at in range(0, B, PREFILL_ROWS):
+        some = order[at:at + PREFILL_ROWS]
+        part, after, source = prefill_rows(model, prefix, [tuple(prompts[i][first:]) for i in some])
+        cache.fill(slice(at, at + len(some)), part, source, first)
         logits.append(after[source])
     rows = torch.tensor(order, device=device)
     padding = torch.tensor([P - len(prompts[i]) for i in order], device=device)
-    visible = torch.arange(P + limit, device=device) >= padding[:, None]
-    ended = torch.zeros(B, dtype=torch.bool, device=device)
-    batch = Batch(rows, noise.to(device)[rows], padding, visible, ended, cache)
-    return batch, torch.cat(logits)
+    column = torch.arange(P + limit, device=device)
+    visible = (column < first) | (column >= first + padding[:, None])
+    ended = torch.zeros_like(rows, dtype=torch.bool)
+    return Batch(rows, noise.to(device)[rows], padding, visible, ended, cache), torch.cat(logits)
 
 
 def decode(model, batch):

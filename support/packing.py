@@ -99,7 +99,9 @@ def pack_responses(prompts, responses):
     for i, prompt in enumerate(prompts):
         sharing.setdefault(tuple(prompt), []).append(i)
     groups = [(prompt, [responses[i] for i in some]) for prompt, some in sharing.items()]
-    packed = pack(groups, max([ROW] + [len(p) + sum(map(len, r)) for p, r in groups]))
+    # Two of the longest share a row, where that keeps rows short: less padding.
+    longest = max(len(prompt) + sum(map(len, grown)) for prompt, grown in groups)
+    packed = pack(groups, max(longest, min(2 * longest, 2 * ROW)))
     where = [None] * len(prompts)
     for start, (prompt, some) in zip(packed.starts, sharing.items()):
         last = at = start + len(prompt) - 1

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import tiny_gpt
+from helpers import tiny_gpt
 from model import (GPT, GPTConfig, KVCache, generate, load_checkpoint, sample,
                    save_checkpoint)
 from support.checkpoints import llama3_frequency

@@ -2,7 +2,6 @@
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import tiny_gpt
+from helpers import copy_of_the_repository, tiny_gpt
 from eval import ORDER, drift_kl, evaluate, evaluate_pairs, respond, samples_of, table
 from model import generate
 from support.common import generator
@@ -214,13 +213,6 @@ def test_a_model_against_itself_on_equal_prompts_is_consistent(tokenizer):
     assert answers["clean greedy"] == answers["wrapped greedy"]
     told = pair_transcripts(records, {"base": answers, "run": answers})
     assert told.count("  run ") == 2 and "clean     who?" in told
-
-
-def copy_of_the_repository(folder):
-    for name in ("data.py", "model.py", "opct.py", "eval.py", "train.sh"):
-        shutil.copy(ROOT / name, folder)
-    for name in ("support", "studies"):
-        shutil.copytree(ROOT / name, folder / name)
 
 
 def test_the_smoke_pipeline(tmp_path):

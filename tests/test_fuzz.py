@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 
-from conftest import run_here, tiny_gpt
+from helpers import run_here, tiny_gpt
 from model import load_checkpoint, save_checkpoint
 from support.common import UserError
 from support.pairs import read_jsonl

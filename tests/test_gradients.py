@@ -12,7 +12,7 @@ from itertools import product
 import pytest
 import torch
 
-from conftest import logp_of, tiny_gpt
+from helpers import logp_of, tiny_gpt
 from model import generate
 from opct import (ConsistencyConfig, Pairs, advantage, cross_entropy, forward_kl, opct_step, pick,
                   policy_gradient, reverse_kl, sft_step)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import run_here, tiny_gpt
+from helpers import run_here, tiny_gpt
 from data import load_world
 from model import generate, load_checkpoint, save_checkpoint
 from opct import PretrainConfig, train

@@ -4,7 +4,7 @@ import copy
 import pytest
 import torch
 
-from conftest import tiny_gpt
+from helpers import tiny_gpt
 from model import ARCHITECTURES, generate, load_checkpoint, save_checkpoint
 from opct import Pairs, reverse_kl, score
 from support.lora import LORA_SCALE, Linear, add_lora, adapted, merge_lora, without_lora

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from conftest import logp_of, tiny_gpt
+from helpers import logp_of, tiny_gpt
 from model import (ARCHITECTURES, CHECK_EVERY, generate, load_checkpoint, rotate, sample,
                    save_checkpoint)
 from opct import pick
@@ -118,6 +118,26 @@ def test_equal_prompts_are_prefilled_once_and_answered_as_if_they_were_not(monke
     # Parts that cut through a group of equal prompts.
     monkeypatch.setattr("model.PREFILL_ROWS", 7)
     assert as_lists(*generate(model, prompts, 10, noise=noise)) == together
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_all_prompts_begin_with_is_computed_once(family, monkeypatch):
+    """Such as a system message. The responses are those of the naive sampler, token for token."""
+    model = tiny_gpt(vocab=11, family=family)
+    prompts = [[3, 1, 4, 1, 5, *rest] for rest in prompts_of_many_lengths(30, 11)]
+    naive = naive_generate(model, prompts, 15, 1.0, seeded(5))
+    assert len({len(y) for y in naive}) > 5
+    shapes, forward = [], model.model.forward
+
+    def seen(idx, *rest, **named):
+        shapes.append(tuple(idx.shape))
+        return forward(idx, *rest, **named)
+
+    monkeypatch.setattr(model.model, "forward", seen)
+    monkeypatch.setattr("model.PREFILL_ROWS", 8)
+    assert as_lists(*generate(model, prompts, 15, generator=seeded(5))) == naive
+    longest = max(map(len, prompts)) - 5
+    assert shapes[0] == (1, 5) and all(width <= longest for _, width in shapes[1:])
 
 
 def test_looking_seldom_at_who_has_ended_changes_no_response(monkeypatch):

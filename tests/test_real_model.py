@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from conftest import run_here
+from helpers import run_here
 from model import load_checkpoint
 from support.pairs import given_responses
 from support.settings import ConsistencyConfig

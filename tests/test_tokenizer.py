@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import tiny_gpt
+from helpers import tiny_gpt
 from support.common import UserError
 from support.huggingface import BYTE_OF, GPT2
 from support.tokenizer import chat, check_vocabulary, decode, load_tokenizer, save_tokenizer

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import run_here, tiny_gpt
+from helpers import run_here, tiny_gpt
 from model import load_checkpoint, save_checkpoint
 from opct import ConsistencyConfig, PretrainConfig, finish, learning_rate, train
 from support.muon import Muon

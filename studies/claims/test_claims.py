@@ -5,7 +5,6 @@ import math
 import os
 import random
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +14,9 @@ import torch
 import torch.nn.functional as F
 
 from data import World, WorldConfig, world_tokenizer
+from helpers import copy_of_the_repository, logp_of
 from model import GPT, GPTConfig
-from opct import log_probabilities, pick, response_states, reverse_kl
+from opct import pick, reverse_kl
 from studies.claims import report, verdicts
 from studies.claims.attack import (AttackConfig, ask, attack_step, attacks_on, same_means,
                                    strongest, train_attacker, try_attacker)
@@ -39,10 +39,6 @@ def world():
 @pytest.fixture(scope="module")
 def tokenizer(world):
     return world_tokenizer(world)
-
-
-def logp_of(model, prompts, response, mask):
-    return log_probabilities(model, response_states(model, prompts, response, mask))
 
 
 def small_gpt(tokenizer, **changes):
@@ -300,10 +296,7 @@ def kill_in_the_map(study, folder, **where):
 def test_the_study_at_its_smallest(tmp_path):
     """`bash train.sh study claims smoke` in a copy, killed in the map: given again it goes on, and
     once more it repeats no run."""
-    for name in ("data.py", "model.py", "opct.py", "eval.py", "train.sh"):
-        shutil.copy(ROOT / name, tmp_path)
-    for name in ("support", "studies"):
-        shutil.copytree(ROOT / name, tmp_path / name)
+    copy_of_the_repository(tmp_path)
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
     def run(*command):

@@ -1,7 +1,6 @@
 """The study of a real model: the conversion from GGUF, the facts, the questions, the report."""
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers import copy_of_the_repository
 from model import GPT, GPTConfig, load_checkpoint
 from studies.real import convert, questions, report
 from studies.real.measure import groups, letter
@@ -293,11 +293,7 @@ def test_results_about_other_questions_are_refused():
 def test_the_study_at_its_smallest(tokens, tmp_path):
     """`bash train.sh study real smoke` in a copy, with a random model in the place of the real
     one; given again, it repeats no run."""
-    root = Path(__file__).parent.parent.parent
-    for name in ("data.py", "model.py", "opct.py", "eval.py", "train.sh"):
-        shutil.copy(root / name, tmp_path)
-    for name in ("support", "studies"):
-        shutil.copytree(root / name, tmp_path / name)
+    copy_of_the_repository(tmp_path)
     torch.manual_seed(0)
     write_gguf(tmp_path / "a.gguf", GPT(GPTConfig(**SIZES)), tokens)
     convert.convert(tmp_path / "a.gguf", tmp_path / convert.FOLDER)
