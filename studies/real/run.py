@@ -3,8 +3,8 @@
 1. The base model's folder and the questions.
 2. With the first seed: every arm at every learning rate, measured on the validation questions.
 3. The learning rate of each arm is chosen there.
-4. The arms with the other seeds, and the controls of opct-exact with the first one.
-5. Base and runs on the test questions, then what an update costs.
+4. Base, arms and the test questions to them, seed after seed, then the controls.
+5. What an update costs.
 """
 import sys
 from dataclasses import dataclass
@@ -92,24 +92,28 @@ def grid_stages(folder, preset):
 
 
 def final_stages(folder, preset, rates):
-    """The arms with every seed, the controls, and the test questions to all."""
-    runs, tables = [], [measured(folder, preset, convert.FOLDER, "base", "test")]
+    """Seed after seed, the arms and the test questions to all; then the controls."""
+    stages, tables = [], [measured(folder, preset, convert.FOLDER, "base", "test")]
     for seed in preset.seeds:
+        runs = []
         for arm in preset.arms:
             command = train(folder, preset, arm, rates[arm], seed)
             if seed != preset.seeds[0] or not preset.rates:     # else the grid has run it
                 runs.append(command)
             run = place(folder, seed, f"{arm}@{rates[arm]}")
             tables.append(measured(folder, preset, run, f"{arm}.{seed}", "test"))
+        stages += [runs, tables]
+        tables = []
+    runs, seed = [], preset.seeds[0]
     for control in preset.controls:
-        arm, seed = CONTROLS[control], preset.seeds[0]
+        arm = CONTROLS[control]
         runs.append(train(folder, preset, arm, rates[arm], seed, control))
         run = place(folder, seed, f"{arm}-{control}")
         tables.append(measured(folder, preset, run, f"{arm}-{control}.{seed}", "test"))
     if preset.again:
         runs.append(python(20, "rounded-again", "-m studies.real.convert again"))
         tables.append(measured(folder, preset, convert.AGAIN, "rounded-again", "test"))
-    return [runs, tables]
+    return [*stages, runs, tables]
 
 
 def cost_stage(folder, preset):
