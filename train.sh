@@ -46,7 +46,7 @@ case $preset in
         runs="--steps 4 --batch 8 --samples 2"; minutes=(0.1 0.1 0.1) ;;
     quick) # the whole comparison on a laptop's CPU
         base="--steps 1700 --rows 24 --layers 4 --width 128 --lr 1e-2"
-        runs="--steps 60 --batch 32 --samples 4"; minutes=(4 0.6 1) ;;
+        runs="--steps 60 --batch 32 --samples 4"; minutes=("4 to 10" 0.7 1) ;;
     full)  # a larger world and model, for one GPU; its times are not measured yet
         world="--cities 240 --lands 32 --recipes 120 --things 120 --largest 99 --steps 4 \
 --pairs 240 --tests 480"
@@ -56,15 +56,15 @@ esac
 out=out/$preset
 stage() { echo; echo "== $2 (about $1 min)"; "${@:3}"; }
 consistency() { # name, method, loss, learning rate
-    stage ${minutes[1]} "consistency training: $1" $python opct.py $2 --base $out/base \
+    stage "${minutes[1]}" "consistency training: $1" $python opct.py $2 --base $out/base \
         --pairs $out/world/train.jsonl --out $out/$1 --loss $3 --lr $4 $runs
 }
 stage 0.1 "the world: facts, text, contrastive pairs" $python data.py --out $out/world $world
-stage ${minutes[0]} "the base" $python opct.py pretrain --world $out/world --out $out/base $base
+stage "${minutes[0]}" "the base" $python opct.py pretrain --world $out/world --out $out/base $base
 consistency sft        sft  sampled $sft
 consistency sft-exact  sft  exact   $sft_exact
 consistency opct       opct sampled $opct
 consistency opct-exact opct exact   $opct_exact
-stage ${minutes[2]} "what was fixed and what was broken" $python eval.py compare \
+stage "${minutes[2]}" "what was fixed and what was broken" $python eval.py compare \
     $out/{base,sft,sft-exact,opct,opct-exact} --world $out/world --out $out --attempts $attempts
 echo; echo "== done in $((SECONDS / 60)) min $((SECONDS % 60)) s"

@@ -3,6 +3,7 @@ import json
 import textwrap
 from pathlib import Path
 
+from studies.speed.real import BASE
 from support.common import read_json, write_text
 from support.report import WIDTH, markdown
 
@@ -146,6 +147,74 @@ def beside_trl(study):
         f"Ours is {ratio}, and {spread(singles)} times in single updates.")
 
 
+# --- A real model ----------------------------------------------------------------------------
+
+
+def case_name(case):
+    """8 x 4, 50 + 32: pairs x responses, tokens of a prompt + of a response."""
+    name = f"{case['pairs']} x {case['samples']}, {case['prompt']} + {case['new']}"
+    return name + (f", LoRA {case['lora']}" if case["lora"] else "")
+
+
+def real_sampler_table(real):
+    lines = [["batch", "ours, tokens/s", "transformers, tokens/s", "ratio", "floor / ours"]]
+    for row in real["sampler"]:
+        speeds = row["tokens_per_second"]
+        theirs = speeds.get("transformers")
+        lines.append([count(row["batch"]), f"{speeds['ours']:.1f}",
+                      f"{theirs:.1f}" if theirs else "-",
+                      f"{speeds['ours'] / theirs:.1f}" if theirs else "-", f"{row['floor']:.2f}"])
+    return markdown(lines)
+
+
+def real_update_table(real):
+    """Seconds, and gigabytes at the peak without those of the libraries."""
+    lines = [["update", "ours, s", "TRL, s", "ratio", "ours, GB", "TRL, GB", "least, GB"]]
+    for row in real["updates"]:
+        trl, cells = row["trl"], ["-", "-", "-"]
+        if "missing" not in trl:
+            mine, other = (sum(s) / len(s) for s in (trl["ours"], trl["theirs"]))
+            cells = [f"{mine:.1f}", f"{other:.1f}", f"{other / mine:.1f}"]
+        for who in ("ours", "theirs"):
+            found = row["peak_bytes"][who]
+            cells.append(f"{(found['peak'] - found['libraries']) / 1e9:.1f}" if found else "-")
+        lines.append([case_name(row["case"]), *cells, f"{row['least_bytes'] / 1e9:.1f}"])
+    return markdown(lines)
+
+
+def real_parts_table(real):
+    rows = [row for row in real["updates"] if "parts" in row]
+    lines = [["update", *rows[0]["parts"]]]
+    for row in rows:
+        total = sum(row["parts"].values())
+        lines.append([case_name(row["case"]), *(f"{seconds:.1f} s, {percent(seconds / total)}"
+                                                for seconds in row["parts"].values())])
+    return markdown(lines)
+
+
+def real_growth_table(real):
+    """The tokens of an update: each distinct prompt once, and all responses."""
+    lines = [["update", "tokens", "seconds", "milliseconds a token"]]
+    for row in real["growth"]:
+        case = row["case"]
+        tokens = case["pairs"] * (case["prompt"] + case["samples"] * case["new"])
+        lines.append([case_name(case), count(tokens), f"{row['seconds']:.1f}",
+                      f"{1e3 * row['seconds'] / tokens:.1f}"])
+    return markdown(lines)
+
+
+def real_blocks(study):
+    """The tables of the real model, or why there are none."""
+    real, tables = study["real"], {"real_sampler": real_sampler_table,
+                                   "real_updates": real_update_table,
+                                   "real_parts": real_parts_table, "real_growth": real_growth_table}
+    if "missing" in real:
+        found = dict.fromkeys(tables, f"Not measured in this run: {real['missing']}.")
+    else:
+        found = {name: table(real) for name, table in tables.items()}
+    return {"real_name": BASE.name, **found}
+
+
 # --- Files -----------------------------------------------------------------------------------
 
 
@@ -156,13 +225,15 @@ def about_line(study):
 
 
 def rates_line(study):
-    """Each half of the study has measured the machine for itself."""
+    """Each part of the study has measured the machine for itself."""
     parts = []
-    for name in ("sampler", "training"):
-        rates = study[name]["rates"]
+    for name in ("sampler", "real", "training"):
+        rates = study[name].get("rates")
+        if not rates:
+            continue
         parts.append(f"{rates['flops'] / 1e9:,.0f} GFLOP/s and {rates['bytes'] / 1e9:,.1f} GB/s "
                      f"({name})")
-    return " and ".join(parts)
+    return ", ".join(parts)
 
 
 def blocks(study):
@@ -189,7 +260,7 @@ def blocks(study):
         "pretraining": pretraining_table(study),
         "pretraining_padding": percent(training["pretraining"]["padding"]),
         "matrix_share": spread([100 * share for share in shares], "{:.0f}"),
-        "compile": compiling(study), "trl_answer": trl_answer, "trl": trl}
+        "compile": compiling(study), "trl_answer": trl_answer, "trl": trl, **real_blocks(study)}
 
 
 def readme(study, words):

@@ -1,11 +1,12 @@
-"""The plan of the study: its sizes, and the two measurements, one after the other."""
+"""The plan of the study: its sizes, and the three measurements, one after the other."""
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from studies.speed import sampler, training
+from studies.speed import real, sampler, training
+from studies.speed.real import Case
 from support.common import about, pick_device, write_text
 
 BASE = Path("out/quick/base")           # a real model for the updates, where train.sh has made it
@@ -35,12 +36,20 @@ class Preset:
     pretrain_steps: int = 20                    # the best of so many counts
     compiles: bool = True                       # half a minute
     trl_updates: int = 25                       # their mean counts: each samples other responses
+    # On a real model: batches of the sampler, updates beside TRL's, updates alone, rounds of each.
+    real_batches: tuple = (1, 16, 64)
+    real_cases: tuple = (Case(8, 4, 50, 32), Case(4, 2, 500, 32), Case(8, 4, 50, 32, lora=16))
+    real_growth: tuple = (Case(2, 2, 50, 32), Case(2, 2, 50, 128), Case(2, 2, 50, 512),
+                          Case(2, 2, 500, 32), Case(2, 2, 1500, 32))
+    real_rounds: int = 3
 
 
 PRESETS = {
     "smoke": Preset(shape(1, 64), batches=(1, 4), new=4, growth=((2, 4), (4, 4), (2, 8)),
                     rounds=1, pairs=2, samples=2, longest=8, rows=2, pretrain_steps=2,
-                    compiles=False, trl_updates=1),
+                    compiles=False, trl_updates=1, real_batches=(1, 4), real_rounds=1,
+                    real_cases=(Case(2, 2, 12, 4), Case(2, 2, 12, 4, lora=2)),
+                    real_growth=(Case(1, 2, 12, 4), Case(1, 2, 12, 8))),
     "quick": Preset(),
     # The model of train.sh's preset full; its updates are still those of the base of quick.
     "full": Preset(shape(8, 256), batches=(1, 64, 512, 4096, 16384), rows=128,
@@ -72,6 +81,7 @@ def run(name, folder, base=BASE):
     print(f"== the study speed: {name} on {device}, {origin['threads']} threads, in {folder}/")
     found = {"about": origin}
     found["sampler"] = part("sampler", lambda: sampler.measure(preset, device), same, folder)
+    found["real"] = part("real", lambda: real.measure(preset, device), same, folder)
     same["base"] = str(base)
     found["training"] = part("training", lambda: training.measure(preset, device, base), same,
                              folder)

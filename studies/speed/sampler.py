@@ -10,9 +10,11 @@ The floor of a step is the larger of two times: its arithmetic over the matrix r
 that must move (weights and cache, once) over the copy rate. Both rates are measured in the same
 run.
 """
-import resource
+import re
 import tempfile
 import time
+from os.path import commonprefix
+from pathlib import Path
 
 import torch
 
@@ -66,16 +68,17 @@ def matrix_weights(config):
     return config.num_hidden_layers * (attention + mlp), config.hidden_size * config.vocab_size
 
 
-def floor_seconds(config, batch, prompt, new, rates):
+def floor_seconds(config, batch, prompt, new, rates, shared=0):
     """The least time that the prefill of `prompt` tokens a row and `new` decode steps can take.
 
     Multiplying by a weight is two operations, and so is an addition to an attention score or to an
-    attention output. A float32 has 4 bytes.
+    attention output. A float32 has 4 bytes. `shared` tokens, with which all prompts begin, are
+    computed once.
     """
     layers, head = matrix_weights(config)
     queries = config.num_hidden_layers * config.num_attention_heads * config.head_dim
     cached = config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim
-    total = 2 * batch * prompt * layers / rates["flops"]
+    total = 2 * (batch * (prompt - shared) + shared) * layers / rates["flops"]
     for step in range(new):
         length = prompt + step
         operations = batch * (2 * (layers + head) + 4 * queries * length)
@@ -127,27 +130,27 @@ def random_prompts(batch):
 
 
 def peak_bytes(device):
-    """The most memory so far: of the process, on a GPU of the device."""
+    """The most memory so far: of the process, on a GPU of the device. Not `getrusage`, which counts
+    that of the parent at the start, too."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
-def comparison_row(model, theirs, batch, preset, rates):
+def comparison_row(model, theirs, prompts, new, rounds, rates, with_naive):
     """Tokens a second of each sampler on the same prompts, and ours as a share of the floor."""
-    device, prompts, new = model.device, random_prompts(batch), preset.new
+    device, batch = model.device, len(prompts)
     ways = {"ours": lambda: generate(model, prompts, new)}
-    if batch <= preset.naive_up_to:
+    if with_naive:
         ways["naive"] = lambda: naive(model, prompts, new)
     if theirs is not None:
         ways["transformers"] = generate_theirs(theirs, prompts, new)
     seconds = dict.fromkeys(ways, float("inf"))
-    rounds = preset.rounds if batch <= preset.naive_up_to else 1    # a large batch is an average
     for _ in range(rounds):
         for name, way in ways.items():                      # in alternation: a slow minute hits all
             seconds[name] = min(seconds[name], timed(way, device))
-    prompt = sum(map(len, prompts)) / batch
-    floor = floor_seconds(model.config, batch, prompt, new, rates)
+    prompt, shared = sum(map(len, prompts)) / batch, len(commonprefix(prompts))
+    floor = floor_seconds(model.config, batch, prompt, new, rates, shared if batch > 1 else 0)
     speeds = {name: batch * new / s for name, s in seconds.items()}
     return {"batch": batch, "tokens_per_second": speeds, "floor": floor / seconds["ours"],
             "peak_bytes": peak_bytes(device)}
@@ -199,7 +202,10 @@ def measure(preset, device):
     compared, growth = [], []
     for batch in preset.batches:
         print(f"sampler: batch {batch}", flush=True)
-        compared.append(comparison_row(model, theirs, batch, preset, rates))
+        small = batch <= preset.naive_up_to
+        rounds = preset.rounds if small else 1              # a large batch is an average
+        compared.append(comparison_row(model, theirs, random_prompts(batch), preset.new, rounds,
+                                       rates, small))
     for batch, new in preset.growth:
         print(f"growth: batch {batch}, {new} new tokens", flush=True)
         growth.append(growth_row(model, batch, new, preset))

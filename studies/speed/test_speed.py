@@ -2,12 +2,15 @@
 import json
 import re
 import sys
+from os.path import commonprefix
 from unittest import mock
 
 import pytest
+import torch
 
-from model import GPTConfig
-from studies.speed import __main__, report, run, sampler
+from helpers import tiny_gpt
+from model import GPTConfig, save_checkpoint
+from studies.speed import __main__, real, report, run, sampler
 
 
 def test_the_floor_of_a_tiny_config_by_hand():
@@ -52,6 +55,32 @@ def test_smoke_end_to_end_and_taking_it_over(tmp_path, monkeypatch):
     command("report", folder)
     assert (tmp_path / "README.md").read_text() == text
     assert (tmp_path / "results.json").read_text() == (folder / "results.json").read_text()
+
+
+def test_a_real_model_is_measured_where_its_folder_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(real, "SHARED", 6)
+    save_checkpoint(tiny_gpt(vocab=40, dtype=torch.float32), tmp_path)
+    preset, device = run.PRESETS["smoke"], torch.device("cpu")
+    found = json.loads(json.dumps(real.measure(preset, device, tmp_path)))
+    assert [row["batch"] for row in found["sampler"]] == [1, 4]
+    whole, lora = found["updates"]
+    for row in (whole, lora):
+        memory = row["peak_bytes"]["ours"]
+        assert memory["peak"] > memory["libraries"] > 1e7
+    parameters = sum(p.numel() for p in tiny_gpt(vocab=40).parameters())
+    assert whole["least_bytes"] == 4 * 5 * parameters
+    assert 4 * parameters < lora["least_bytes"] < whole["least_bytes"]
+    tables = report.real_blocks({"real": found})
+    assert "| 2 x 2, 12 + 4, LoRA 2 |" in tables["real_updates"]
+    assert "| 1 x 2, 12 + 8 | 28 " in re.sub(" +", " ", tables["real_growth"])
+    assert all(len(text.splitlines()) >= 3 for name, text in tables.items() if name != "real_name")
+
+
+def test_prompts_of_a_real_model_begin_alike():
+    prompts = real.prompts_of(100, 5, 2, 50)
+    assert len(prompts) == 10 and {len(p) for p in prompts} == {50}
+    assert prompts[0] == prompts[1] != prompts[2]
+    assert len(commonprefix(prompts)) == real.SHARED
 
 
 def test_a_stopped_study_goes_on_but_not_with_another_commit(tmp_path):

@@ -30,9 +30,10 @@ import torch.nn.functional as F
 from data import World, world_tokenizer
 from model import GPT, GPTConfig, generate, load_checkpoint
 from opct import (ConsistencyConfig, Pairs, PretrainConfig, forward_kl, opct_step, pretrain,
-                  reverse_kl, score)
+                  reverse_kl, score, student_and_teacher)
 from studies.speed.sampler import best, machine_rates, matrix_weights, timed
 from support.common import UserError, generator, rng, write_text
+from support.lora import LORA_SCALE
 from support.packing import pack_documents, pack_responses
 from support.tokenizer import chat, save_tokenizer
 
@@ -168,18 +169,18 @@ def time_pretraining(world, tokenizer, preset, rates, device):
 # --- TRL -------------------------------------------------------------------------------------
 
 
-def our_update(base, prompts, device):
+def our_update(config, prompts, device):
     """A function that makes one opct-exact update of the base, at a rate of zero."""
-    student, teacher = load_checkpoint(base, device), load_checkpoint(base, device)
-    config = ConsistencyConfig()
-    optimizer = torch.optim.AdamW(student.parameters(), lr=0.0, fused=True)
+    student, teacher = student_and_teacher(config, device)
+    trained = [p for p in student.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.0, fused=True)
     student.train()
 
     def update():
         noise = torch.rand(len(prompts), config.max_new_tokens)
         loss, _ = opct_step(student, teacher, Pairs(prompts, prompts, noise=noise), config)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(student.parameters(), config.clip)
+        torch.nn.utils.clip_grad_norm_(trained, config.clip)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -197,30 +198,48 @@ def number_tokenizer(config):
                                    pad_token=str(config.pad_token_id))
 
 
-def their_trainer(base, prompts, updates, callback, device, folder):
-    """TRL's trainer of the same update. It calls `callback` before and after each."""
+def their_trainer(config, prompts, updates, callbacks, device, folder):
+    """TRL's trainer of the same update."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM
     from trl import DistillationConfig, DistillationTrainer
-    config = ConsistencyConfig()
     args = DistillationConfig(
         folder, beta=1.0, temperature=1.0, max_completion_length=config.max_new_tokens,
         learning_rate=0.0, per_device_train_batch_size=len(prompts), max_steps=updates,
         gradient_accumulation_steps=1, gradient_checkpointing=False, bf16=False,
         max_grad_norm=config.clip, use_cpu=device.type == "cpu", report_to="none",
         save_strategy="no", logging_strategy="no", disable_tqdm=True)
-    student = AutoModelForCausalLM.from_pretrained(base)
-    teacher = AutoModelForCausalLM.from_pretrained(base)
+    student = AutoModelForCausalLM.from_pretrained(config.base, dtype=torch.float32)
+    teacher = AutoModelForCausalLM.from_pretrained(config.base, dtype=torch.float32)
+    adapter = None
+    if config.lora:
+        from peft import LoraConfig
+        adapter = LoraConfig(r=config.lora, lora_alpha=LORA_SCALE * config.lora,
+                             target_modules="all-linear", task_type="CAUSAL_LM")
     texts = [" ".join(map(str, prompt)) for prompt in prompts]
     return DistillationTrainer(
         student, teacher, processing_class=number_tokenizer(student.config), args=args,
-        train_dataset=Dataset.from_dict({"prompt": texts}), callbacks=[callback])
+        train_dataset=Dataset.from_dict({"prompt": texts}), callbacks=callbacks,
+        peft_config=adapter)
 
 
-def against_trl(base, prompts, updates, device):
+def train_theirs(config, prompts, updates, device, callbacks=None):
+    """So many of TRL's updates, without a word."""
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.ExitStack() as quiet:
+            folder = quiet.enter_context(tempfile.TemporaryDirectory())
+            quiet.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            quiet.enter_context(contextlib.redirect_stderr(io.StringIO()))
+            their_trainer(config, prompts, updates, callbacks, device, folder).train()
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def against_trl(config, prompts, updates, device):
     """Seconds of our updates and of theirs in alternation, a list of each."""
     from transformers import TrainerCallback
-    update, ours, theirs = our_update(base, prompts, device), [], []
+    update, ours, theirs = our_update(config, prompts, device), [], []
 
     class Alternate(TrainerCallback):
         def on_step_begin(self, *args, **kwargs):
@@ -232,27 +251,17 @@ def against_trl(base, prompts, updates, device):
                 torch.cuda.synchronize()
             theirs.append(time.perf_counter() - self.start)
 
-    logging.disable(logging.WARNING)
-    try:
-        with contextlib.ExitStack() as quiet:
-            folder = quiet.enter_context(tempfile.TemporaryDirectory())
-            quiet.enter_context(contextlib.redirect_stdout(io.StringIO()))
-            quiet.enter_context(contextlib.redirect_stderr(io.StringIO()))
-            their_trainer(base, prompts, updates + 1, Alternate(), device, folder).train()
-    finally:
-        logging.disable(logging.NOTSET)
+    train_theirs(config, prompts, updates + 1, device, [Alternate()])
     return ours[1:], theirs[1:]                             # the first of each warms up
 
 
-def compare_with_trl(base, prompts, preset, device):
+def compare_with_trl(config, prompts, updates, device):
     """The comparison, or why there is none."""
-    if not base:
-        return {"missing": "there was no base"}
     if importlib.util.find_spec("trl") is None:
         return {"missing": "`trl` was not installed"}
     print("updates beside TRL's", flush=True)
     try:
-        ours, theirs = against_trl(base, prompts, preset.trl_updates, device)
+        ours, theirs = against_trl(config, prompts, updates, device)
     except (ImportError, TypeError, AttributeError) as error:   # its interface still changes
         reason = str(error).splitlines()[0][:200]
         return {"missing": f"`trl` did not run, {type(error).__name__}: {reason}"}
@@ -290,6 +299,9 @@ def measure(preset, device, base):
         updates.append(time_update(arm, student, teacher, clean, wrapped, limit, preset.rounds))
     print("pretraining", flush=True)
     pretraining = time_pretraining(world, tokenizer, preset, rates, device)
+    trl = {"missing": "there was no base"}
+    if base:
+        trl = compare_with_trl(ConsistencyConfig(base=str(base)), wrapped, preset.trl_updates,
+                               device)
     return {"rates": rates, "base": bool(base), "pairs": preset.pairs, "samples": preset.samples,
-            "limit": limit, "updates": updates, "pretraining": pretraining,
-            "trl": compare_with_trl(base, wrapped, preset, device)}
+            "limit": limit, "updates": updates, "pretraining": pretraining, "trl": trl}
