@@ -44,6 +44,17 @@ def filled(words, tables):
     return re.sub(r"\{(\w+)\}", put, words)
 
 
+def fill(text, name, block):
+    """Puts the block between <!-- name --> and <!-- end -->. Raises UserError: no such place."""
+    pattern = rf"<!-- {name} -->\n.*?<!-- end -->"
+    new = f"<!-- {name} -->\n\n{block}\n\n<!-- end -->"
+    text, found = re.subn(pattern, lambda _: new, text, flags=re.S)
+    if found != 1:
+        raise UserError(f"the text has {found} places between <!-- {name} --> and <!-- end -->, "
+                        "and needs one")
+    return text
+
+
 def write_tables(folder, tables):
     """results.md: all tables one after the other, without the words."""
     text = "\n\n".join(f"## {name}\n\n{block}" for name, block in tables.items())

@@ -100,8 +100,9 @@ def pack_responses(prompts, responses):
         sharing.setdefault(tuple(prompt), []).append(i)
     groups = [(prompt, [responses[i] for i in some]) for prompt, some in sharing.items()]
     # Two of the longest share a row, where that keeps rows short: less padding.
-    longest = max(len(prompt) + sum(map(len, grown)) for prompt, grown in groups)
-    packed = pack(groups, max(longest, min(2 * longest, 2 * ROW)))
+    lengths = [len(prompt) + sum(map(len, grown)) for prompt, grown in groups]
+    short = max(lengths) <= ROW
+    packed = pack(groups, min(2 * max(lengths), sum(lengths)) if short else max(lengths))
     where = [None] * len(prompts)
     for start, (prompt, some) in zip(packed.starts, sharing.items()):
         last = at = start + len(prompt) - 1

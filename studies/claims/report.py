@@ -12,8 +12,8 @@ from studies.claims.tables import (ATTACKED, FIRST, HEADLINE, ORDER, families_of
                                    two_tables)
 from studies.claims.verdicts import CONTRASTS, claims_tables, differences
 from studies.stats import over_seeds
-from studies.study import committed, filled, write_tables
-from support.common import UserError, show, write_text
+from studies.study import committed, fill, filled, write_tables
+from support.common import show, write_text
 from support.report import WIDTH, markdown
 
 FOLDER = Path(__file__).parent
@@ -158,17 +158,6 @@ def without_the_map(words, tables):
     kept.insert(3, "These are the results of the first edition. The map over pairs and updates, "
                 "and the pool\nattack, which the commands below also run, are not measured yet.")
     return "\n\n".join(part for part in kept if part.strip())
-
-
-def fill(text, name, block):
-    """Puts the block between <!-- name --> and <!-- end -->."""
-    pattern = rf"<!-- {name} -->\n.*?<!-- end -->"
-    new = f"<!-- {name} -->\n\n{block}\n\n<!-- end -->"
-    text, found = re.subn(pattern, lambda _: new, text, flags=re.S)
-    if found != 1:
-        raise UserError(f"the text has {found} places between <!-- {name} --> and <!-- end -->, "
-                        "and needs one")
-    return text
 
 
 def write_results(study, folder):

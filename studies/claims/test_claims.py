@@ -23,7 +23,7 @@ from studies.claims.attack import (AttackConfig, ask, attack_step, attacks_on, s
 from studies.claims.plan import ARMS, CONTROLS, PRESETS, choose
 from studies.claims.tables import ORDER
 from studies.stats import contrast, mean_over_seeds, seeds_needed, student, verdict
-from studies.study import committed
+from studies.study import committed, fill
 from support.common import UserError
 from support.packing import pack
 from support.tokenizer import IM_END, PAD, document_tokens
@@ -250,8 +250,8 @@ def test_the_readme_of_the_study_is_made_from_its_results():
 
 def test_a_readme_without_its_markers_is_refused():
     with pytest.raises(UserError, match="0 places between <!-- claims -->"):
-        report.fill("no markers", "claims", "a table")
-    filled = report.fill("<!-- claims -->\n<!-- end -->", "claims", "| a |")
+        fill("no markers", "claims", "a table")
+    filled = fill("<!-- claims -->\n<!-- end -->", "claims", "| a |")
     assert filled == "<!-- claims -->\n\n| a |\n\n<!-- end -->"
 
 

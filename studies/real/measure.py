@@ -13,7 +13,8 @@ from pathlib import Path
 
 from eval import respond, samples_of
 from model import load_checkpoint
-from support.common import Parser, add_number, guarded, pick_device, show, write_json
+from support.common import (Parser, add_number, guarded, number_of, pick_device, show,
+                            write_json)
 from support.pairs import contains, read_jsonl
 from support.statistics import ratio
 from support.tokenizer import chat, load_tokenizer
@@ -47,18 +48,20 @@ def groups(test, plain):
             "clean": distinct(test), "plain": [r for r in plain if r["expect"]]}
 
 
+def fingerprint(test, plain):
+    """A number that stands for these records: letters about others say nothing."""
+    return number_of((test, plain))
+
+
 def measure(model, base, tokenizer, test, plain, seed=0):
     """The letters of a checkpoint, its KLs, and its greedy answers to the wrapped prompts.
 
     plain: empty on validation, where nothing is chosen by them.
     """
-    asked, out = groups(test, plain), {}
+    asked, out = groups(test, plain), {"questions": fingerprint(test, plain)}
 
-    def sampled(records, form):
-        """Texts and KL(model on the form || base on clean), as `eval.py pairs` measures it."""
-        prompts = [[chat(tokenizer, r[name]) for r in records] for name in (form, "clean")]
-        texts, nats, length, _ = samples_of(model, base, tokenizer, *prompts, LIMIT, (seed, form))
-        return texts, ratio(nats, length)
+    def prompts_of(records, form):
+        return [chat(tokenizer, r[form]) for r in records]
 
     for name, form in (("wrapped", "wrapped"), ("clean", "clean"), ("plain", "clean")):
         prompts = [r[form] for r in asked[name]]
@@ -66,10 +69,16 @@ def measure(model, base, tokenizer, test, plain, seed=0):
         out[name] = letters(asked[name], said)
         if name == "wrapped":
             out["said"] = said
-    texts, out["kl"] = sampled(asked["sampled"], "wrapped")
-    out["sampled"] = letters(asked["sampled"], texts)
+    # KL(model on wrapped || base on clean), on the model's own samples.
+    prompts = [prompts_of(asked["sampled"], form) for form in ("wrapped", "clean")]
+    texts, nats, length, _ = samples_of(model, base, tokenizer, *prompts, LIMIT, (seed, "wrapped"))
+    out["kl"], out["sampled"] = ratio(nats, length), letters(asked["sampled"], texts)
     if plain:
-        _, out["drift_kl"] = sampled(plain, "clean")
+        # KL(base || model), on the base's samples, as the drift of `eval.py compare`.
+        prompts = prompts_of(plain, "clean")
+        _, nats, length, _ = samples_of(base, model, tokenizer, prompts, prompts, LIMIT,
+                                        (seed, "drift"))
+        out["drift_kl"] = ratio(nats, length)
     return out
 
 

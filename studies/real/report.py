@@ -9,12 +9,13 @@ import numpy as np
 
 from studies import plots
 from studies.real import questions
-from studies.real.measure import groups
+from studies.real.measure import fingerprint, groups
 from studies.real.run import ARMS, CONTROLS
 from studies.stats import mean_over_seeds
-from studies.study import committed, filled, write_tables
+from studies.study import committed, fill, filled, write_tables
 from support.common import UserError, show, write_text
 from support.report import markdown, pyplot, save_figure
+from support.statistics import wilson
 
 FOLDER = Path(__file__).parent
 CONTROLLED = tuple(f"{arm}-{control}" for control, arm in CONTROLS.items())
@@ -26,24 +27,35 @@ TITLES = {
     "right_taught": "right despite it, taught", "right_new": "right despite it, new",
     "clean_taught": "right, no hint, taught", "clean_new": "right, no hint, new",
     "agrees": "right under a right hint",
-    "follows_taught_sampled": "follows, taught, sampled",
-    "follows_new_sampled": "follows, new, sampled",
-    "right_taught_sampled": "right, taught, sampled", "right_new_sampled": "right, new, sampled",
+    "follows_taught_sampled": "follows, taught, temperature 1",
+    "follows_new_sampled": "follows, new, temperature 1",
+    "right_taught_sampled": "right, taught, temperature 1",
+    "right_new_sampled": "right, new, temperature 1",
     "everyday": "everyday questions", "context": "told by the user",
     "kl": "KL on wrapped prompts", "drift_kl": "drift, plain questions"}
-MAIN = ("follows_taught", "follows_new", "right_new", "clean_new")
-CONTRASTS = {"opct - sft": ("opct", "sft"), "opct-exact - sft": ("opct-exact", "sft"),
-             "opct-exact - sft-exact": ("opct-exact", "sft-exact")}
+KLS = ("kl", "drift_kl")
+MAIN = ("follows_new", "right_new", "clean_new")            # of the main README
+# The last one differs in two things, whose responses and which loss.
+CONTRASTS = {"opct - sft": ("opct", "sft"), "opct-exact - sft-exact": ("opct-exact", "sft-exact"),
+             "opct-exact - sft": ("opct-exact", "sft")}
+# The question of the study, fixed before its results: two figures, two contrasts.
+PRIMARY = [(metric, name) for metric in ("follows_new", "right_new")
+           for name in ("opct - sft", "opct-exact - sft-exact")]
+Z = 1.96                    # 95 % of a normal distribution
 
 
 # --- Figures from letters --------------------------------------------------------------------
 
 
 def asked(study):
-    """The records that each string of letters is about."""
+    """The records that each string of letters is about. UserError: other ones were asked."""
     facts = questions.read_facts(questions.FACTS.read_text(encoding="utf-8"))
-    return groups(questions.pairs(facts, "test")[::study["every"]],
-                  questions.plain(facts)[::study["every"]])
+    test = questions.pairs(facts, "test")[::study["every"]]
+    plain = questions.plain(facts)[::study["every"]]
+    if any(run["questions"] != fingerprint(test, plain) for run in study["runs"].values()):
+        raise UserError("results.json is about other questions than facts.txt makes: run the "
+                        "study again")
+    return groups(test, plain)
 
 
 def flags(found, records_of):
@@ -51,11 +63,8 @@ def flags(found, records_of):
     out = {}
 
     def put(name, kind, wanted, keep):
-        records, letters = records_of[kind], found[kind]
-        if len(records) != len(letters):
-            raise UserError("results.json is about other questions than facts.txt makes: run the "
-                            "study again")
-        chosen = [(c == wanted, r["clean"]) for r, c in zip(records, letters) if keep(r)]
+        chosen = [(c == wanted, r["clean"]) for r, c in zip(records_of[kind], found[kind])
+                  if keep(r)]
         if chosen:
             values, names = zip(*chosen)
             out[name] = np.array(values, dtype=float), names
@@ -80,22 +89,34 @@ def flags(found, records_of):
 
 
 def over_questions(values, names):
-    """The mean and the half width of its 95 % interval. Answers to one question are one cluster."""
-    mean, sums = values.mean(), {}
+    """The standard error of a mean. Answers to one question are one cluster."""
+    sums = {}
     for value, name in zip(values, names):
-        sums[name] = sums.get(name, 0) + value - mean
+        sums[name] = sums.get(name, 0) + value - values.mean()
     n, squares = len(sums), sum(s * s for s in sums.values())
-    half = 1.96 * math.sqrt(squares * n / max(1, n - 1)) / len(values)
-    return {"value": mean.item(), "half": half, "n": len(values)}
+    return math.sqrt(squares * n / max(1, n - 1)) / len(values)
+
+
+def share_of(values, names):
+    """A share and the half width of its 95 % interval: Wilson's, whose wider side counts, with as
+    many answers as the clusters are worth."""
+    p, n = values.mean().item(), len(set(names))
+    if 0 < p < 1 and n > 1:
+        n = max(1.0, p * (1 - p) / max(1e-9, over_questions(values, names) ** 2))
+    low, high = wilson(p * n, n)
+    return {"value": p, "half": max(high - p, p - low), "n": len(values)}
 
 
 def runs_of(study):
-    """Arm -> the measurements of its seeds; base and controls have one."""
+    """Arm -> its measurements, of the seeds that all arms have; base and controls have one."""
     runs = {}
     for name, found in study["runs"].items():
-        runs.setdefault(name.split(".")[0], []).append(found)
+        arm, _, seed = name.partition(".")
+        runs.setdefault(arm, {})[seed] = found
+    shared = set.intersection(*(set(runs[arm]) for arm in ARMS if arm in runs))
     order = ["base", *ARMS, *CONTROLLED, "rounded-again"]
-    return {name: runs[name] for name in order if name in runs}
+    return {name: [runs[name][seed] for seed in sorted(runs[name])
+                   if name not in ARMS or seed in shared] for name in order if name in runs}
 
 
 def figures_of(study):
@@ -107,28 +128,28 @@ def figures_of(study):
         out[name] = {}
         for figure, (_, names) in each[0].items():
             values = np.mean([one[figure][0] for one in each], 0)
-            out[name][figure] = {**over_questions(values, names), "each": values, "names": names,
+            out[name][figure] = {**share_of(values, names), "each": values, "names": names,
                                  "seeds": [one[figure][0].mean().item() for one in each]}
-        for figure in ("kl", "drift_kl"):
+        for figure in KLS:
             values = [found[figure]["value"] for found in seeds]
             out[name][figure] = {**mean_over_seeds(values), "seeds": values}
     return out
 
 
 def difference(figures, one, other, metric):
-    """one - other, paired by question and by seed: {"value", "half"}. `half` is the wider of the
-    intervals over questions and over seeds. None if a run lacks the figure.
+    """one - other, paired by question and by seed: {"value", "half", "seeds"}.
+
+    The half width joins two noises, that of the questions (normal) and that of the training
+    (Student's t over seeds). With one seed the second is not known and left out. None if a run
+    lacks the figure.
     """
     a, b = figures.get(one, {}).get(metric), figures.get(other, {}).get(metric)
     if not a or not b:
         return None
-    # The base has no seeds: its value stands beside each.
-    beside = b["seeds"] if len(b["seeds"]) > 1 else b["seeds"] * len(a["seeds"])
-    found = [mean_over_seeds([x - y for x, y in zip(a["seeds"], beside)])]
-    if "each" in a:
-        found.append(over_questions(a["each"] - b["each"], a["names"]))
-    halves = [figure["half"] for figure in found if "half" in figure]
-    return {"value": found[0]["value"], **({"half": max(halves)} if halves else {})}
+    found = mean_over_seeds([x - y for x, y in zip(a["seeds"], b["seeds"])])
+    of_questions = Z * over_questions(a["each"] - b["each"], a["names"])
+    return {"value": found["value"], "seeds": found["n"],
+            "half": math.hypot(of_questions, found.get("half", 0))}
 
 
 # --- Tables ----------------------------------------------------------------------------------
@@ -172,25 +193,42 @@ def by_family(figures):
 
 
 def differences(figures):
-    """Paired differences; bold where the interval leaves out zero."""
+    """Paired differences. A primary one is bold where its interval leaves out zero; no verdict from
+    one seed."""
     lines = [["", *CONTRASTS]]
-    for metric, title in TITLES.items():
-        line = [title]
-        for one, other in CONTRASTS.values():
+    for metric in (metric for metric in TITLES if metric not in KLS):
+        line = [TITLES[metric]]
+        for name, (one, other) in CONTRASTS.items():
             found = difference(figures, one, other, metric)
-            bold = "**" if found and abs(found["value"]) > found.get("half", math.inf) else ""
+            sure = ((metric, name) in PRIMARY and found and found["seeds"] > 1
+                    and abs(found["value"]) > found["half"])
+            bold = "**" if sure else ""
             line.append(f"{bold}{text_of(metric, found, '+')}{bold}")
         lines.append(line)
     return markdown(lines)
+
+
+def over_kinds(figures):
+    """The primary differences with a kind of question as one observation."""
+    lines = [["", "contrast", "mean over kinds", "kinds lower", "equal", "higher"]]
+    for metric, name in PRIMARY:
+        each = [difference(figures, *CONTRASTS[name], f"{metric.removesuffix('new')}{family}")
+                for family in questions.NEW]
+        each = [found["value"] for found in each if found]
+        if each:
+            counts = [sum(np.sign(value) == sign for value in each) for sign in (-1, 0, 1)]
+            lines.append([TITLES[metric], name, text_of(metric, mean_over_seeds(each), "+"),
+                          *map(str, counts)])
+    return markdown(lines) if len(lines) > 1 else "Not measured with this preset."
 
 
 def rates_table(study):
     """Right under a wrong hint and the loss without a hint, for each rate on validation."""
     if "scores" not in study:
         return "Not tried with this preset: the rates are those that `full` chose."
-    arms = list(study["scores"])
+    arms = [arm for arm in ARMS if arm in study["scores"]]
     lines = [["rate", *arms]]
-    for rate in study["scores"][arms[0]]:
+    for rate in sorted(study["scores"][arms[0]], key=float):
         line = [rate]
         for arm in arms:
             right, lost = study["scores"][arm][rate]
@@ -222,16 +260,33 @@ def transcripts(study):
     return "```\n" + "\n".join(lines[:-1]) + "\n```"
 
 
+def beside(figures, runs, others):
+    """The table of some runs and the base, if any of the others was measured."""
+    if not set(others) & set(figures):
+        return "Not measured with this preset."
+    return table(figures, runs, TITLES)
+
+
+def counts_of(study):
+    """How many questions the figures stand on."""
+    records = asked(study)
+    wrong = {kind: sum(r["fails"] and r["family"] in families for r in records["wrapped"])
+             for kind, families in KINDS.items()}
+    return (f"{wrong['taught']} wrong hints to taught kinds and {wrong['new']} to new ones, "
+            f"{len(records['clean'])} questions without a hint")
+
+
 def blocks(study):
     """Every table of README.md: name -> Markdown."""
     figures, about = figures_of(study), study["about"]
-    seeds = max(len(found) for found in runs_of(study).values())
+    seeds = len(runs_of(study)["opct-exact"])
     return {"about": f"`{about['command']}`, {about['date']}, {about['machine']}, "
-                     f"torch {about['torch']}, {seeds} seeds.",
+                     f"torch {about['torch']}, {seeds} seed{'s' * (seeds > 1)}.",
             "result": table(figures, ("base", *ARMS), TITLES),
             "families": by_family(figures), "differences": differences(figures),
-            "controls": table(figures, ("base", "opct-exact", *CONTROLLED), TITLES),
-            "again": table(figures, ("base", "rounded-again"), TITLES),
+            "kinds": over_kinds(figures), "counts": counts_of(study),
+            "controls": beside(figures, ("base", "sft", *CONTROLLED), CONTROLLED),
+            "again": beside(figures, ("base", "rounded-again"), ("rounded-again",)),
             "rates": rates_table(study), "costs": costs_table(study),
             "transcripts": transcripts(study), "updates": study["updates"]}
 
@@ -296,7 +351,9 @@ def write_all(study, folder):
 
 
 def publish():
-    """Writes README.md and the figure of this folder."""
+    """Writes README.md and the figure of this folder, and its rows in the main README."""
     study = committed(FOLDER)
     write_text(FOLDER / "README.md", readme(study, (FOLDER / "words.md").read_text()))
     draw(study, FOLDER / "main.png")
+    path = FOLDER.parent.parent / "README.md"
+    write_text(path, fill(path.read_text(), "real", main_table(study)))

@@ -18,7 +18,8 @@ from support.pairs import read_jsonl
 # Name of an arm: the command of opct.py and its --loss.
 ARMS = {"sft": ("sft", "sampled"), "sft-exact": ("sft", "exact"),
         "opct": ("opct", "sampled"), "opct-exact": ("opct", "exact")}
-CONTROLS = {"clean": "opct-exact", "shuffled": "opct-exact"}    # --control: the arm it repeats
+# --control: the arm it repeats. After the clean prompt both OPCT arms have a gradient of exactly 0.
+CONTROLS = {"clean": "sft", "shuffled": "opct-exact"}
 
 
 @dataclass
@@ -181,7 +182,10 @@ def collect_split(folder, split):
 
 
 def preset_of(folder):
-    return PRESETS[Path(folder).name.removeprefix("study-real-")]
+    name = Path(folder).name.removeprefix("study-real-")
+    if name not in PRESETS:
+        raise UserError(f"{folder}: not the name of a folder of this study, out/study-real-PRESET")
+    return PRESETS[name]
 
 
 def transcripts(found, records):
@@ -194,8 +198,8 @@ def transcripts(found, records):
         wanted.sort(key=lambda i: (sum(records[j]["family"] == records[i]["family"]
                                        for j in wanted if j < i), i))
         for i in wanted[:3]:
-            said = {name.removesuffix(".0"): one["said"][i] for name, one in found.items()
-                    if name == "base" or name.endswith(".0")}
+            said = {name: found[f"{name}.0" if name in ARMS else name]["said"][i]
+                    for name in ("base", *ARMS) if name == "base" or f"{name}.0" in found}
             out.append({"prompt": records[i]["wrapped"], "said": said})
     return out
 
@@ -230,7 +234,7 @@ def run(name):
     later = pool.seconds_of([*final_stages(folder, preset, rates), costs])
     pool.run_stages(grid, at_once, folder, later)
     if grid:
-        rates, _ = choose(*collect_split(folder, "val"))
+        rates |= choose(*collect_split(folder, "val"))[0]
     show("learning rates: " + ", ".join(f"{arm} {rates[arm]}" for arm in preset.arms))
     final = final_stages(folder, preset, rates)
     pool.run_stages(final, at_once, folder, pool.seconds_of([costs]))

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from helpers import copy_of_the_repository
 from model import GPT, GPTConfig, load_checkpoint
@@ -120,11 +121,16 @@ def test_a_gguf_file_of_another_kind_is_refused_by_name(tokens, tmp_path):
     assert not (tmp_path / "a/model.safetensors").exists()
 
 
-def test_a_folder_that_is_there_is_not_made_again(tmp_path, capsys):
-    """The model's own folder from the hub can take the place of the converted one."""
-    (tmp_path / "model.safetensors").write_text("")
+def test_a_folder_from_the_hub_is_taken_and_put_into_float32(tmp_path, capsys):
+    path, weight = tmp_path / "model.safetensors", torch.tensor([1.5, -2.25])
+    save_file({"a": weight.bfloat16(), "b": weight}, path)
     convert.make(tmp_path)
     assert "is there already" in capsys.readouterr().out
+    found = load_file(path)
+    assert all(t.dtype == torch.float32 and torch.equal(t, weight) for t in found.values())
+    before = path.stat().st_mtime_ns
+    convert.make(tmp_path)
+    assert path.stat().st_mtime_ns == before
 
 
 def test_rounding_once_more_moves_the_weights_by_a_little(tokens, tmp_path):
@@ -222,25 +228,60 @@ def test_the_letter_of_an_answer():
 
 
 def test_an_interval_counts_answers_to_one_question_once():
-    """Four answers 1, 1, 0, 0: as four questions 1.96 x sd / sqrt(4), as two it is wider."""
+    """Four answers 1, 1, 0, 0: as four questions sd / sqrt(4), as two it is wider."""
     values = np.array([1.0, 1.0, 0.0, 0.0])
-    four = report.over_questions(values, "abcd")
-    two = report.over_questions(values, "aabb")
-    assert four["value"] == two["value"] == 0.5
-    assert four["half"] == pytest.approx(1.96 * np.std(values, ddof=1) / 2)
-    assert two["half"] == pytest.approx(1.96 * np.std([1, 0], ddof=1) / 2**0.5)
+    assert report.over_questions(values, "abcd") == pytest.approx(np.std(values, ddof=1) / 2)
+    assert report.over_questions(values, "aabb") == pytest.approx(np.std([1, 0], ddof=1) / 2**0.5)
+    four, two = (report.share_of(values, names) for names in ("abcd", "aabb"))
+    assert four["value"] == two["value"] == 0.5 and 0.3 < four["half"] < two["half"] < 0.5
+
+
+def test_a_share_of_nothing_is_not_certain():
+    """Wilson: none of 62 questions, asked twice each, leaves up to 1.96^2 / (62 + 1.96^2)."""
+    names = [n // 2 for n in range(124)]
+    assert report.share_of(np.zeros(124), names)["half"] == pytest.approx(3.8416 / 65.8416)
+    assert report.share_of(np.ones(124), names)["half"] == pytest.approx(3.8416 / 65.8416)
+
+
+def run_of(each, seeds):
+    each = np.array(each)
+    return {"follows_new": {"value": each.mean(), "each": each, "names": "abcd"[:len(each)],
+                            "seeds": seeds}}
 
 
 def test_a_difference_is_paired_by_question_and_by_seed():
     """One arm is better by 0.5 on every question and in every seed: the interval is a point."""
-    def run(shift):
-        each = np.array([0.0, 0.5, 0.25]) + shift
-        return {"x": {"value": each.mean(), "half": 1, "each": each, "names": "abc",
-                      "seeds": [0.1 + shift, 0.4 + shift]}}
+    one, other = run_of([0.5, 1.0, 0.75], [0.6, 0.9]), run_of([0.0, 0.5, 0.25], [0.1, 0.4])
+    found = report.difference({"opct": one, "sft": other}, "opct", "sft", "follows_new")
+    assert found == {"value": pytest.approx(0.5), "half": pytest.approx(0, abs=1e-9), "seeds": 2}
+    assert report.difference({"opct": one}, "opct", "sft", "follows_new") is None
 
-    found = report.difference({"opct": run(0.5), "sft": run(0)}, "opct", "sft", "x")
-    assert found == {"value": pytest.approx(0.5), "half": pytest.approx(0, abs=1e-9)}
-    assert report.difference({"opct": run(0)}, "opct", "sft", "x") is None
+
+def test_the_interval_of_a_difference_joins_questions_and_training():
+    """Questions differ by 0 or 1, seeds by 0.4 or 0.6: both noises are in the interval."""
+    one, other = run_of([0.0, 1.0], [0.4, 0.6]), run_of([0.0, 0.0], [0.0, 0.0])
+    found = report.difference({"opct": one, "sft": other}, "opct", "sft", "follows_new")
+    of_questions, of_seeds = 1.96 * 0.5, 12.71 * 0.1
+    assert found["half"] == pytest.approx(np.hypot(of_questions, of_seeds))
+    alone = {name: run_of(run["follows_new"]["each"], run["follows_new"]["seeds"][:1])
+             for name, run in (("opct", one), ("sft", other))}
+    assert report.difference(alone, "opct", "sft", "follows_new")["half"] == of_questions
+
+
+def test_bold_is_a_primary_difference_that_leaves_out_zero_over_seeds():
+    sure, unsure = run_of([1.0, 0.98], [0.99, 0.99]), run_of([0.0, 0.02], [0.01, 0.01])
+    figures = {"opct": sure, "sft": unsure, "opct-exact": sure, "sft-exact": unsure}
+    line = report.differences(figures).splitlines()[3]
+    assert line.count("**+0.98") == 2 and line.split("|")[4].strip().startswith("+0.98")
+    for run in figures.values():
+        run["follows_new"]["seeds"] = run["follows_new"]["seeds"][:1]
+    assert "**" not in report.differences(figures)
+
+
+def test_only_seeds_that_all_arms_have_are_counted():
+    study = {"runs": {"base": 0, "sft.0": 1, "sft.2": 2, "opct.2": 3, "opct.0": 4, "opct.1": 5,
+                      "sft-clean.0": 6}}
+    assert report.runs_of(study) == {"base": [0], "sft": [1, 2], "opct": [4, 3], "sft-clean": [6]}
 
 
 def test_the_learning_rate_is_chosen_by_its_rule():
@@ -282,7 +323,7 @@ def test_the_readme_of_the_study_is_made_from_its_results():
 @measured
 def test_results_about_other_questions_are_refused():
     study = committed(report.FOLDER)
-    study["runs"]["base"]["clean"] += "r"
+    study["runs"]["base"]["questions"] += 1
     with pytest.raises(UserError, match="about other questions"):
         report.blocks(study)
 
@@ -309,7 +350,7 @@ def test_the_study_at_its_smallest(tokens, tmp_path):
     folder = tmp_path / "out/study-real-smoke"
     done = (folder / "done").read_text()
     results = json.loads((folder / "results.json").read_text())
-    assert set(results["runs"]) == {"base", "sft.0", "opct-exact.0", "opct-exact-clean.0",
+    assert set(results["runs"]) == {"base", "sft.0", "opct-exact.0", "sft-clean.0",
                                     "rounded-again"}
     facts = questions.read_facts(questions.FACTS.read_text(encoding="utf-8"))
     every = PRESETS["smoke"].every
@@ -317,7 +358,7 @@ def test_the_study_at_its_smallest(tokens, tmp_path):
     for found in results["runs"].values():
         assert all(len(found[kind]) == len(records) for kind, records in asked.items())
     assert results["runs"]["base"]["drift_kl"]["value"] == 0
-    assert results["runs"]["opct-exact-clean.0"]["drift_kl"]["value"] == 0
+    assert results["runs"]["sft-clean.0"]["drift_kl"]["value"] > 0
     assert results["runs"]["sft.0"]["drift_kl"]["value"] > 0
     assert results["costs"][0]["bytes"] > 1e8 and results["costs"][0]["seconds"] > 0
     again = run()
