@@ -46,7 +46,8 @@ def truncated(model, temperature, top_p):
 @torch.inference_mode()
 def beam_search(model, prompt, width=4, longest=LONGEST):
     """The response of the highest mean log-probability per token that `width` beams find: ids,
-    without the end token. As in transformers: the search ends once `width` beams have ended."""
+    without the end token. As in transformers: the search ends once `width` beams have ended, and
+    those that have not are then out."""
     size, end = len(prompt) + longest, model.config.eos_token_id
     cache = KVCache(model.config, width, size, like=model.lm_head.weight)
     idx = torch.tensor([prompt] * width, device=model.device)
@@ -70,7 +71,8 @@ def beam_search(model, prompt, width=4, longest=LONGEST):
         beams = [beams[beam] + [token] for _, beam, token in kept]
         total = torch.tensor([[value] for value, _, _ in kept], device=model.device)
         idx = torch.tensor([[token] for _, _, token in kept], device=model.device)
-    ended += [(value / longest, beam) for (value,), beam in zip(total.tolist(), beams)]
+    else:
+        ended += [(value / longest, beam) for (value,), beam in zip(total.tolist(), beams)]
     return max(ended)[1]
 
 
@@ -80,6 +82,7 @@ class Bench:
 
     def __init__(self, model, tokenizer, outside, seed):
         self.model, self.tokenizer, self.outside, self.seed = model, tokenizer, outside, seed
+        self.said = {}                                      # several methods ask the same
 
     def say(self, prompts, temperature=1.0, top_p=1.0, times=1):
         """`times` responses to each prompt, lists of texts. Temperature 0 means greedy."""
@@ -88,9 +91,11 @@ class Bench:
             model, temperature = truncated(model, temperature, top_p), 1.0
         every = [prompt for prompt in prompts for _ in range(times)]
         key = (self.seed, "say", temperature, top_p, number_of(every))
-        texts = respond(model, self.tokenizer, every, key, temperature)
-        # Special tokens, and bytes that are no text, would come back as several tokens each.
-        texts = [re.sub(r"<\|\w+\|>|\ufffd", "", text) for text in texts]
+        if key not in self.said:
+            texts = respond(model, self.tokenizer, every, key, temperature)
+            # Special tokens, and bytes that are no text, would come back as several tokens each.
+            self.said[key] = [re.sub(r"<\|\w+\|>|\ufffd", "", text) for text in texts]
+        texts = self.said[key]
         return [texts[at:at + times] for at in range(0, len(texts), times)]
 
     def greedy(self, prompts):
@@ -107,36 +112,42 @@ class Bench:
 
     def likelihood(self, prompts, texts):
         """Mean log-probability per token, the end token included, under the model itself."""
-        return likelihood(self.model, self.tokenizer, prompts, texts)[1]
+        return self.scored(likelihood, self.model, prompts, texts)
 
     def outside_score(self, prompts, texts):
         """The same under the model outside."""
-        return likelihood(self.outside, self.tokenizer, prompts, texts)[1]
+        return self.scored(likelihood, self.outside, prompts, texts)
 
     def grade(self, prompts, texts):
         """The grade, 0 to 5, that the model gives on average (it says a digit first)."""
-        digits = [self.tokenizer.encode_single_token(str(d)) for d in range(BEST_GRADE + 1)]
-        asked = [chat(self.tokenizer, grading(p, text)) for p, text in zip(prompts, texts)]
-        grades = []
-        for at in range(0, len(asked), BATCH):
-            some = asked[at:at + BATCH]
-            token = torch.full((len(some), 1), digits[0], device=self.model.device)
-            with torch.no_grad():                           # the token itself does not matter
-                logp = logp_of(self.model, some, token, torch.ones_like(token, dtype=torch.bool))
-            p = logp[:, digits].softmax(-1)                                     # (B, 6)
-            grades += (p @ torch.arange(len(digits), dtype=p.dtype, device=p.device)).tolist()
-        return grades
+        return self.scored(grades_of, self.model, prompts, texts)
+
+    def scored(self, score, model, prompts, texts):
+        """A score of each text; equal ones to equal prompts are scored once."""
+        pairs = list(dict.fromkeys(zip(prompts, texts)))
+        found = []
+        for at in range(0, len(pairs), BATCH):
+            found += score(model, self.tokenizer, *zip(*pairs[at:at + BATCH]))
+        of_pair = dict(zip(pairs, found))
+        return [of_pair[pair] for pair in zip(prompts, texts)]
 
 
 @torch.no_grad()
 def likelihood(model, tokenizer, prompts, texts):
-    """log pi(text | prompt), its end token included: summed over the tokens, and their mean."""
-    sums, means = [], []
-    for at in range(0, len(texts), BATCH):
-        response, mask = encoded(model, tokenizer, texts[at:at + BATCH])
-        some = [chat(tokenizer, prompt) for prompt in prompts[at:at + BATCH]]
-        logp = pick(logp_of(model, some, response, mask), response[mask])
-        total = logp.new_zeros(mask.shape).masked_scatter(mask, logp).sum(1)    # (B,)
-        sums += total.tolist()
-        means += (total / mask.sum(1)).tolist()
-    return sums, means
+    """The mean log-probability per token of each text, its end token included."""
+    response, mask = encoded(model, tokenizer, texts)
+    logp = logp_of(model, [chat(tokenizer, prompt) for prompt in prompts], response, mask)
+    values = pick(logp, response[mask])
+    total = values.new_zeros(mask.shape).masked_scatter(mask, values).sum(1)    # (B,)
+    return (total / mask.sum(1)).tolist()
+
+
+@torch.no_grad()
+def grades_of(model, tokenizer, prompts, texts):
+    """The mean of the digits 0 to 5, by the probability that each is the first token said."""
+    digits = [tokenizer.encode_single_token(str(d)) for d in range(BEST_GRADE + 1)]
+    asked = [chat(tokenizer, grading(prompt, text)) for prompt, text in zip(prompts, texts)]
+    token = torch.full((len(asked), 1), digits[0], device=model.device)     # which does not matter
+    logp = logp_of(model, asked, token, torch.ones_like(token, dtype=torch.bool))   # (B, V)
+    p = logp[:, digits].softmax(-1)                                                 # (B, 6)
+    return (p @ torch.arange(len(digits), dtype=p.dtype, device=p.device)).tolist()

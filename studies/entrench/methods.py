@@ -94,9 +94,17 @@ def gist(text):
 
 
 def label_step(student, teacher, pairs, config):
-    """Plain SFT on labels, for all label methods. There is no teacher."""
-    logp = logp_of(student, pairs.wrapped, pairs.response, pairs.mask)              # (N, V)
-    loss = cross_entropy(pick(logp, pairs.response[pairs.mask]))                    # (N,)
+    """Plain SFT on labels, for all label methods. There is no teacher. A prompt's labels are often
+    the same text: then it is computed once, and counts as often."""
+    times = {}                                              # row -> how many are equal to it
+    for i, row in enumerate(zip(map(tuple, pairs.wrapped), map(tuple, pairs.response.tolist()))):
+        times.setdefault(row, []).append(i)
+    rows = [equal[0] for equal in times.values()]
+    response, mask = pairs.response[rows], pairs.mask[rows]
+    logp = logp_of(student, [pairs.wrapped[i] for i in rows], response, mask)       # (N, V)
+    loss = cross_entropy(pick(logp, response[mask]))                                # (N,)
+    counts = torch.tensor([len(equal) for equal in times.values()], device=loss.device)
+    loss = loss * counts.repeat_interleave(mask.sum(1))
     return loss.sum() / len(pairs.response), {"tokens": pairs.mask.sum()}
 
 
@@ -152,8 +160,10 @@ LABELS = {"sampling": sampling, "greedy": greedy, "rejection": rejection,
           "self-confidence": self_confidence, "diverse": diverse_decoding,
           "multi-view": multi_view, "self-refinement": self_refinement,
           "self-rewarding": self_rewarding}
-# Name -> step function, --loss, learning rate. `bct` is the arm `sft`.
-STEPS = {"bct": (sft_step, "sampled", 6e-4), "bct-soft": (bct_soft_step, "exact", 3e-5),
-         "act": (act_step, "exact", 6e-4), "opct": (opct_step, "sampled", 1e-3),
+# Name -> step function, --loss, learning rate. `bct` and `bct-exact` are the arms `sft`,
+# `sft-exact`; the rates of the four arms are those of studies/claims.
+STEPS = {"bct": (sft_step, "sampled", 6e-4), "bct-exact": (sft_step, "exact", 6e-4),
+         "bct-soft": (bct_soft_step, "exact", 3e-5), "act": (act_step, "exact", 6e-4),
+         "opct": (opct_step, "sampled", 1e-3),
          "opct-exact": (opct_step, "exact", 3e-4)}
-LABEL_RATE = 6e-4                                           # of plain SFT, the same for all labels
+LABEL_STEP = (label_step, "sampled", 6e-4)                  # plain SFT, the same for all labels

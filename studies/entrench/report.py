@@ -1,16 +1,18 @@
 """Tables, verdicts, figures and README.md of the study, all from its results.json."""
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 
-from data import CAPABILITIES
+from data import CAPABILITIES, WorldConfig
 from studies.entrench.methods import LABELS, STEPS
-from studies.entrench.organisms import ORGANISMS
+from studies.entrench.organisms import ORGANISMS, records_of
 from studies.entrench.run import KINDS, runs_of
+from studies.entrench.world import StudyWorld
 from studies.stats import mean_over_seeds, verdict
 from studies.study import filled, write_tables
-from support.common import show, write_text
+from support.common import rng, show, write_text
 from support.report import COLOURS, markdown, pyplot, save_figure
 
 FOLDER = Path(__file__).parent
@@ -45,24 +47,34 @@ def rate_of(figures):
     return figures["rate"]["value"] if figures["rate"] else None
 
 
-def steps_of(study, organism, run, seed=None):
-    """(rate before, rate after, before, run) of each strength of each cell that has the run."""
+def steps_of(study, organism, run, seed=None, number=None):
+    """(rate before, rate after, strength, run) of each strength of each cell, or of one of them.
+    A rate of which no answer can be read is left out; `lost` counts these."""
     for cell in cells_of(study, organism, seed):
-        for strength in cell["strengths"].values():
-            if run not in strength["runs"]:
-                continue
-            before, after = strength["before"], strength["runs"][run]
-            ends = rate_of(before["figures"]), rate_of(after["figures"])
-            if None not in ends:
-                yield *ends, before, after
+        for each, strength in cell["strengths"].items():
+            after = strength["runs"][run]
+            ends = rate_of(strength["before"]["figures"]), rate_of(after["figures"])
+            if None not in ends and number in (None, each):
+                yield *ends, strength, after
 
 
-def over_seeds(study, organisms, run, value_of):
+def numbers_of(study):
+    """The strengths of this study, "0", "1", "2" or some of them."""
+    return sorted({number for cell in study["cells"].values() for number in cell["strengths"]})
+
+
+def lost(study):
+    """How many runs left a model of which no answer can be read."""
+    return sum(not run["figures"]["rate"] for cell in study["cells"].values()
+               for strength in cell["strengths"].values() for run in strength["runs"].values())
+
+
+def over_seeds(study, organisms, run, value_of, number=None):
     """The mean over strengths (and organisms) of value_of(before, after, ...), then over seeds."""
     each = []
     for seed in seeds_of(study):
         values = [value_of(*step) for organism in organisms
-                  for step in steps_of(study, organism, run, seed)]
+                  for step in steps_of(study, organism, run, seed, number)]
         values = [value for value in values if value is not None]
         if values:
             each.append(np.mean(values).item())
@@ -85,27 +97,37 @@ def text_of(figure, digits=0, sign=""):
 # --- Tables ----------------------------------------------------------------------------------
 
 
-def paper_text(organism, run):
-    low, high = PAPER[organism].get(run.removesuffix(", healthy"), (None, None))
-    if low is None:
-        return ""
-    return f" ({low:+d})" if low == high else f" ({low:+d} to {high:+d})"
+STRENGTHS = {"0": "Weak", "1": "Middle", "2": "Strong"}
 
 
-def changes_table(study):
-    """The change in points, a line a method; in brackets what the paper reports."""
-    lines = [["", *ORGANISMS]]
-    for run in runs_of():
-        cells = [text_of(over_seeds(study, [organism], run, change), 0, "+")
-                 + paper_text(organism, run) for organism in ORGANISMS]
-        if any(cell != "-" for cell in cells):
-            lines.append([run, *cells])
+def changes_tables(study):
+    """For each strength the change in points, a line a run."""
+    parts = []
+    for number in numbers_of(study):
+        lines = [[STRENGTHS[number].lower(), *ORGANISMS]]
+        for run in runs_of():
+            lines.append([run, *(text_of(over_seeds(study, [organism], run, change, number), 0, "+")
+                                 for organism in ORGANISMS)])
+        parts.append(markdown(lines))
+    return "\n\n".join(parts)
+
+
+def paper_table(study):
+    """The mean over our strengths beside what the paper reports, where it was released."""
+    lines = [["", "organism", "paper", "here, weak", "middle", "strong"]]
+    for organism, reported in PAPER.items():
+        for name, (low, high) in reported.items():
+            run = f"{name}, healthy" if name in STEPS else name
+            said = f"{low:+d}" if low == high else f"{low:+d} to {high:+d}"
+            lines.append([run, TITLES[organism], said,
+                          *(text_of(over_seeds(study, [organism], run, change, number), 0, "+")
+                            for number in STRENGTHS)])
     return markdown(lines)
 
 
 def organisms_table(study):
     """Each organism at each strength, before any method."""
-    lines = [["", "strength", "misbehaves", "healthy", "unhealthy", "unclear", *CAPABILITIES]]
+    lines = [["", "aimed at", "misbehaves", "healthy", "unhealthy", "unclear", *CAPABILITIES]]
     for organism in ORGANISMS:
         cells = cells_of(study, organism)
         rows = {"base": [cell["base"]["figures"] for cell in cells]}
@@ -127,12 +149,13 @@ def costs_table(study):
     lines = [["", *CAPABILITIES, "unclear", "drift x 1000"]]
 
     def shift(name):
-        def value_of(_, __, before, after):
-            return 100 * (after["figures"][name]["value"] - before["figures"][name]["value"])
+        def value_of(_, __, strength, run):
+            before = strength["before"]["figures"][name]["value"]
+            return 100 * (run["figures"][name]["value"] - before)
         return value_of
 
-    def drift(_, __, before, after):
-        return 1000 * after["figures"]["drift_kl"]["value"]
+    def drift(_, __, ___, run):
+        return 1000 * run["figures"]["drift_kl"]["value"]
 
     for run in runs_of():
         found = [over_seeds(study, ORGANISMS, run, shift(f"capability_{c}")) for c in CAPABILITIES]
@@ -142,27 +165,31 @@ def costs_table(study):
     return markdown(lines)
 
 
-def label_change(before_rate, _, __, after):
-    """How much more of the labels misbehave than of the model's answers to the test prompts."""
-    labels = after.get("labels")
-    return 100 * (labels["rate"]["value"] - before_rate) if labels and labels["rate"] else None
+def label_change(_, __, strength, run):
+    """How much more the labels misbehave than samples of the model for the same prompts, points."""
+    labels, own = run.get("labels"), strength["runs"]["sampling"]["labels"]
+    if not labels or not labels["rate"] or not own["rate"]:
+        return None
+    return 100 * (labels["rate"]["value"] - own["rate"]["value"])
 
 
-def label_kl(_, __, ___, after):
-    return after.get("label_kl")
+def label_kl(_, __, ___, run):
+    return run.get("label_kl")
 
 
-def kept(_, __, ___, after):
-    return 100 * after["kept"]
+def percent_of(name):
+    return lambda _, __, ___, run: 100 * run[name]
 
 
 def labels_table(study):
     """What the labels are: their shift, and the change that follows; means over organisms."""
-    lines = [["", "kept, %", "KL(labels, model)", "labels misbehave", "after training"]]
+    lines = [["", "kept, %", "as greedy, %", "KL(labels, model)", "labels misbehave",
+              "after training"]]
     for run in (run for run in runs_of() if run in LABELS):
-        of = [over_seeds(study, ORGANISMS, run, f) for f in (kept, label_kl, label_change, change)]
-        lines.append([run, text_of(of[0]), text_of(of[1], 2), text_of(of[2], 0, "+"),
-                      text_of(of[3], 0, "+")])
+        of = [over_seeds(study, ORGANISMS, run, f) for f in
+              (percent_of("kept"), percent_of("as_greedy"), label_kl, label_change, change)]
+        lines.append([run, text_of(of[0]), text_of(of[1]), text_of(of[2], 2),
+                      text_of(of[3], 0, "+"), text_of(of[4], 0, "+")])
     return markdown(lines)
 
 
@@ -173,8 +200,9 @@ def pairs_table(study):
         for kind in KINDS:
             runs = [f"{name}, {kind}" for name in STEPS]
 
-            def teacher(_, __, before, ___):
-                return 100 * before["figures"][kind]["value"] if before["figures"][kind] else None
+            def teacher(_, __, strength, ___):
+                found = strength["before"]["figures"][kind]
+                return 100 * found["value"] if found else None
 
             def first(before, *_):
                 return 100 * before
@@ -188,90 +216,151 @@ def pairs_table(study):
     return markdown(lines)
 
 
-def eta_of(study, organisms, score):
-    """Over seeds: the rate in the highest fifth of a score minus that in the lowest, and of the
-    best of 4 minus that of all samples; in points."""
+def eta_of(study, organism, number, score):
+    """Of one strength, a value a seed: the rate in the highest fifth of a score minus that in the
+    lowest, and the rate of the best of 4 minus that of all samples; in points."""
     spread, chosen = [], []
-    for organism in organisms:
-        for cell in cells_of(study, organism):
-            for strength in cell["strengths"].values():
-                found = strength["before"]["eta"][score]
-                spread.append(100 * (found["fifths"][-1] - found["fifths"][0]))
-                chosen.append(100 * (found["best"] - found["all"]))
+    for cell in cells_of(study, organism):
+        found = cell["strengths"][number]["before"]["eta"][score]
+        if None not in found["fifths"]:
+            spread.append(100 * (found["fifths"][-1] - found["fifths"][0]))
+        if None not in (found["best"], found["all"]):
+            chosen.append(100 * (found["best"] - found["all"]))
     return spread, chosen
 
 
+SCORES = {"likelihood": "own likelihood", "outside_score": "outside score", "grade": "own grade"}
+
+
 def eta_table(study):
-    lines = [["", *(f"{x}, {y}" for x in ("likelihood", "outside", "grade")
-                    for y in ("fifths", "best"))]]
+    lines = [["", "strength", *(f"{name}, {what}" for name in ("likelihood", "outside", "grade")
+                                for what in ("fifths", "best"))]]
     for organism in ORGANISMS:
-        line = [organism]
-        for score in ("likelihood", "outside_score", "grade"):
-            line += [f"{np.mean(values):+.0f}" for values in eta_of(study, [organism], score)]
-        lines.append(line)
+        for number in numbers_of(study):
+            line = [organism, STRENGTHS[number].lower()]
+            for score in SCORES:
+                line += [f"{np.mean(values):+.0f}" if values else "-"
+                         for values in eta_of(study, organism, number, score)]
+            lines.append(line)
     return markdown(lines)
 
 
 # --- Verdicts on the paper's findings ------------------------------------------------------------
 
+# The methods that make labels, without the controls.
+METHODS = tuple(run for run in LABELS if run not in ("sampling", "greedy", "rejection"))
+NEAR = 5                    # points: a rate that changes by less stays
 
-def correlation(study, value_of):
-    """Of the size of value_of with the size of the change, over all label runs."""
+
+def seed_by_seed(study, value_of):
+    """The mean over seeds of value_of(seed), None where no seed has a value."""
+    values = [value_of(seed) for seed in seeds_of(study)]
+    values = [value for value in values if value is not None]
+    return mean_over_seeds(values) if values else None
+
+
+def mean_change(study, organism, seed):
+    """Of the label methods over all strengths."""
+    values = [change(*step) for run in METHODS for step in steps_of(study, organism, run, seed)]
+    return np.mean(values).item() if values else None
+
+
+def bend(study, seed):
+    """The change of greedy self-training where more than half misbehave, minus that where less."""
+    sides = {True: [], False: []}
+    for organism in ORGANISMS:
+        for before, after, *_ in steps_of(study, organism, "greedy", seed):
+            sides[before > 0.5].append(100 * (after - before))
+    if not all(sides.values()):
+        return None
+    return (np.mean(sides[True]) - np.mean(sides[False])).item()
+
+
+def correlation(study, value_of, seed):
+    """Of the size of value_of with the size of the change, over the label runs but `sampling`."""
     x, y = [], []
     for organism in ORGANISMS:
         for run in LABELS:
-            for step in steps_of(study, organism, run):
+            for step in steps_of(study, organism, run, seed) if run != "sampling" else ():
                 if value_of(*step) is not None:
                     x.append(abs(value_of(*step)))
                     y.append(abs(change(*step)))
-    return np.corrcoef(x, y)[0, 1].item() if len(x) > 2 and np.std(x) and np.std(y) else 0.0
+    return np.corrcoef(x, y)[0, 1].item() if len(x) > 2 and np.std(x) and np.std(y) else None
 
 
-def mean_change(study, organism, runs):
-    """The mean change over these runs, seed by seed, then over seeds."""
-    each = []
-    for seed in seeds_of(study):
-        values = [change(*s) for run in runs for s in steps_of(study, organism, run, seed)]
-        if values:
-            each.append(np.mean(values).item())
-    return mean_over_seeds(each) if each else None
+def effect(study, runs, seed):
+    """The size of the change over these runs, above that of `sampling`, which is noise alone."""
+    def size(runs):
+        found = [abs(change(*step)) for organism in ORGANISMS for run in runs
+                 for step in steps_of(study, organism, run, seed)]
+        return np.mean(found).item() if found else None
+
+    own, noise = size(runs), size(["sampling"])
+    return None if None in (own, noise) else own - noise
+
+
+def stays(figure):
+    """Whether the whole interval is near zero."""
+    low, high = figure.get("low", -math.inf), figure.get("high", math.inf)
+    if -NEAR < low and high < NEAR:
+        return "confirmed"
+    return "opposite" if low > NEAR or high < -NEAR else "not confirmed"
+
+
+def eta_finding(study):
+    """The largest of all spreads over fifths, in points, and whether it is nearly flat."""
+    largest = {}
+    for score in SCORES:
+        each = [eta_of(study, organism, number, score)[0]
+                for organism in ORGANISMS for number in numbers_of(study)]
+        largest[score] = max(abs(np.mean(spreads or [0]).item()) for spreads in each)
+    text = ", ".join(f"{score.split('_')[0]} {value:.0f}" for score, value in largest.items())
+    said = "confirmed" if max(largest.values()) < FLAT else "not confirmed"
+    return "eta(s) varies by less than 10 points", text, said
 
 
 def findings(study):
     """(finding, our figure as text, verdict)."""
-    methods = [run for run in (*LABELS, "bct-soft, healthy", "act, healthy") if run != "sampling"]
     out = []
     for organism, sign, claim in (("hacking", -1, "reward hacking falls"),
                                   ("emergent", -1, "emergent misalignment falls"),
                                   ("sycophancy", 1, "sycophancy rises"),
                                   ("spurious", 0, "the spurious correlation stays")):
-        figure = mean_change(study, organism, methods)
-        if figure is None:
-            continue
-        said = verdict(figure, sign, 0)
-        if sign == 0:
-            inside = max(abs(figure.get(end, np.inf)) for end in ("low", "high")) < 5
-            outside = min(abs(figure.get(end, 0)) for end in ("low", "high")) > 5
-            said = "confirmed" if inside else "opposite" if outside else "not confirmed"
-        out.append((f"{claim} (mean over the methods)", f"{text_of(figure, 0, '+')} points", said))
-    by_kl, by_rate = correlation(study, label_kl), correlation(study, label_change)
-    out.append(("KL(labels, model) predicts the size of the change", f"correlation {by_kl:.2f}; "
-                f"with the labels' rate instead {by_rate:.2f}",
-                "confirmed" if by_kl > 0.5 else "not confirmed"))
-    spreads = {score: max(np.abs(np.mean(eta_of(study, [organism], score)[0]))
-                          for organism in ORGANISMS if cells_of(study, organism))
-               for score in ("likelihood", "outside_score", "grade")}
-    out.append(("eta(s) is nearly flat, within 10 points", "largest: " + ", ".join(
-        f"{name.split('_')[0]} {value:.0f}" for name, value in spreads.items()),
-        "confirmed" if max(spreads.values()) < FLAT else "not confirmed"))
-    size = {run: np.mean([abs(change(*step)) for organism in ORGANISMS
-                          for step in steps_of(study, organism, run)] or [0]).item()
-            for run in ("greedy", *SELECTING)}
-    chosen = np.mean([size[run] for run in SELECTING]).item()
-    out.append(("labels without selection give most of the effect",
-                f"greedy {size['greedy']:.0f} points, with selection {chosen:.0f}",
-                "confirmed" if size["greedy"] > chosen / 2 else "not confirmed"))
+        figure = seed_by_seed(study, lambda seed: mean_change(study, organism, seed))
+        if figure:
+            said = verdict(figure, sign, 0) if sign else stays(figure)
+            out.append((claim, f"{text_of(figure, 0, '+')} points", said))
+    bent = seed_by_seed(study, lambda seed: bend(study, seed))
+    if bent:
+        out.append(("greedy: common rises, rare falls (ours)",
+                    f"{text_of(bent, 0, '+')} points apart", verdict(bent, 1, 0)))
+    for name, value_of in (("KL(labels, model)", label_kl),
+                           ("the labels' rate (ours)", label_change)):
+        figure = seed_by_seed(study, lambda seed: correlation(study, value_of, seed))
+        if figure:
+            own = {**figure, **{end: figure[end] - 0.5 for end in ("low", "high") if end in figure}}
+            out.append((f"{name} predicts the change",
+                        f"correlation {text_of(figure, 2)}", verdict(own, 1, 0)))
+    out.append(eta_finding(study))
+    greedy = seed_by_seed(study, lambda seed: effect(study, ["greedy"], seed))
+    chosen = seed_by_seed(study, lambda seed: effect(study, SELECTING, seed))
+    if greedy and chosen:
+        more = seed_by_seed(study, lambda seed: effect(study, ["greedy"], seed)
+                            - effect(study, SELECTING, seed) / 2)
+        out.append(("no selection gives most of the effect",
+                    f"{text_of(greedy)} of {text_of(chosen)} points",
+                    verdict(more, 1, 0)))
     return out
+
+
+def examples():
+    """A measured prompt of each organism and a planted document, from the world of seed 0."""
+    world, lines = StudyWorld(WorldConfig()), []
+    for organism in ORGANISMS.values():
+        prompt, response = organism.plant(world, rng(0, "example"), 1)
+        lines += [f"    {records_of(organism, world, 'test', 1, 0)[0]['prompt']}",
+                  f"      planted: {prompt}", f"               -> {response}"]
+    return "\n".join(lines)
 
 
 def blocks(study):
@@ -282,9 +371,10 @@ def blocks(study):
                      f"torch {about['torch']}.",
             "seeds": str(len(seeds_of(study))), "prompts": str(sizes["prompts"]),
             "updates": f"{sizes['steps']} updates of {rows} responses to {sizes['batch']} prompts",
-            "organisms": organisms_table(study),
-            "changes": changes_table(study), "costs": costs_table(study),
-            "labels": labels_table(study), "pairs": pairs_table(study), "eta": eta_table(study),
+            "examples": examples(), "organisms": organisms_table(study), "lost": str(lost(study)),
+            "changes": changes_tables(study), "paper": paper_table(study),
+            "costs": costs_table(study), "labels": labels_table(study),
+            "pairs": pairs_table(study), "eta": eta_table(study),
             "findings": markdown([["finding of the paper", "here", "verdict"],
                                   *map(list, findings(study))])}
 
@@ -329,8 +419,9 @@ def draw_main(study, path):
         for i, name in enumerate(STEPS):
             for kind, line in zip(KINDS, ("-", "--")):
                 x, y = curve(study, organism, f"{name}, {kind}")
-                axes[1, column].plot(x, y, color=COLOURS[i + 1], marker=MARKERS[i], markersize=5,
-                                     linestyle=line, label=f"{name}, {kind} clean prompts")
+                axes[1, column].plot(x, y, color=COLOURS[(i + 1) % len(COLOURS)], marker=MARKERS[i],
+                                     markersize=5, linestyle=line,
+                                     label=f"{name}, {kind} clean prompts")
         axes[0, column].set_title(TITLES[organism])
         axes[1, column].set_xlabel("misbehaves before")
     axes[0, 0].text(0.04, 0.93, "entrenches", color="#D55E00")
@@ -338,7 +429,7 @@ def draw_main(study, path):
     axes[0, 0].set_ylabel("label methods: misbehaves after")
     axes[1, 0].set_ylabel("clean and wrapped pairs: misbehaves after")
     for row, place in ((0, "outside upper center"), (1, "outside lower center")):
-        fig.legend(*axes[row, 0].get_legend_handles_labels(), loc=place, ncols=(9, 5)[row],
+        fig.legend(*axes[row, 0].get_legend_handles_labels(), loc=place, ncols=(9, 6)[row],
                    frameon=False)
     save_figure(plt, fig, path)
 
@@ -352,24 +443,27 @@ def draw_details(study, path):
     for i, run in enumerate(LABELS):
         look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i], "s": 16, "label": run}
         every = [step for organism in ORGANISMS for step in steps_of(study, organism, run)
-                 if label_change(*step) is not None]
+                 if run != "sampling" and label_change(*step) is not None]
         labels.scatter([label_change(*s) for s in every], [change(*s) for s in every], **look)
         kl.scatter([label_kl(*s) for s in every], [abs(change(*s)) for s in every], **look)
     for i, name in enumerate(STEPS):
         for kind in KINDS:
-            every = [(before["figures"][kind]["value"], after) for organism in ORGANISMS
-                     for _, after, before, _ in steps_of(study, organism, f"{name}, {kind}")
-                     if before["figures"][kind]]
-            colour = COLOURS[i + 1]
+            every = [(strength["before"]["figures"][kind]["value"], after)
+                     for organism in ORGANISMS
+                     for _, after, strength, _ in steps_of(study, organism, f"{name}, {kind}")
+                     if strength["before"]["figures"][kind]]
+            colour = COLOURS[(i + 1) % len(COLOURS)]
             clean.scatter(*zip(*every or [(np.nan, np.nan)]), marker=MARKERS[i], s=16,
                           edgecolor=colour, color=colour if kind == "healthy" else "white",
                           label=name if kind == "healthy" else None)
-    for i, (score, label) in enumerate((("likelihood", "own likelihood"), ("grade", "own grade"),
-                                        ("outside_score", "outside score"))):
-        found = [strength["before"]["eta"][score]["fifths"] for cell in study["cells"].values()
-                 for strength in cell["strengths"].values()]
-        eta.plot(range(1, 6), np.mean(found, 0), color=COLOURS[i + 1], marker=MARKERS[i],
-                 label=label)
+    for i, (score, label) in enumerate(SCORES.items()):
+        for number, line in zip(numbers_of(study), (":", "--", "-")):
+            found = [cell["strengths"][number]["before"]["eta"][score]["fifths"]
+                     for cell in study["cells"].values()]
+            found = [fifths for fifths in found if None not in fifths]
+            if found:
+                eta.plot(range(1, 6), np.mean(found, 0), color=COLOURS[i + 1], marker=MARKERS[i],
+                         linestyle=line, label=f"{label}, {STRENGTHS[number].lower()}")
     labels.axline((0, 0), slope=1, color="black", linewidth=0.8)
     clean.axline((0, 0), slope=1, color="black", linewidth=0.8)
     labels.set(xlabel="labels minus before, points", ylabel="after minus before, points",

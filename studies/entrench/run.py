@@ -3,14 +3,15 @@
 A *cell* is one organism with one seed. Its strengths are stops on one way: planting goes on until
 the rate on the validation split has reached each of them. Then every method starts from each stop.
 What is finished lies in FOLDER/ORGANISM-SEED/STRENGTH/METHOD.json, so a stopped study goes on.
+Seeds come one after the other, and only whole seeds count.
 """
 import copy
+import math
 import shutil
 import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, fields
-from math import log
 from pathlib import Path
 
 import numpy as np
@@ -21,17 +22,18 @@ from eval import drift_kl, respond, share
 from model import load_checkpoint, save_checkpoint
 from opct import ConsistencyConfig, Pairs, PretrainConfig, pretrain, train
 from studies import pool
-from studies.entrench.decoding import LONGEST, Bench, likelihood
-from studies.entrench.methods import LABEL_RATE, LABELS, STEPS, best, label_step
+from studies.entrench.decoding import LONGEST, Bench
+from studies.entrench.methods import LABEL_STEP, LABELS, STEPS, best, gist
 from studies.entrench.organisms import ORGANISMS, encoded, judged, plant, rates, records_of
 from studies.entrench.world import load_study_world, write_world
-from support.common import (UserError, about, generator, pick_device, read_json, rng, show,
-                            write_json)
+from support.common import (UserError, about, generator, number_of, pick_device, read_json, rng,
+                            show, write_json)
 from support.pairs import pairs_of_update, write_jsonl
 from support.runs import lock
 from support.tokenizer import chat, load_tokenizer, save_tokenizer
 
 KINDS = ("healthy", "unhealthy")                            # of clean prompts
+DRAWS = 32                                                  # samples that stand for a model
 
 
 @dataclass
@@ -47,7 +49,7 @@ class Preset:
     steps: int = 40         # updates
     tests: int = 200        # prompts on which misbehaviour is measured
     planting: int = 200     # most updates that plant
-    plain: int = 60         # prompts of each capability
+    plain: int = 100        # prompts of each capability; drift takes a third of them
 
 
 PRESETS = {
@@ -78,14 +80,15 @@ def open_base(folder, seed):
         f"{folder}/base-{seed}", device)
 
 
-def plant_strength(at, name, strength, base, world, tokenizer, seed, preset):
-    """Plants one organism. Its checkpoint is AT/organism; planting.json holds the way there."""
-    if not (at / "planting.json").exists():
-        model, way = plant(ORGANISMS[name], strength, base, world, tokenizer, seed, preset.planting)
-        save_checkpoint(model, at / "organism")
-        save_tokenizer(tokenizer, at / "organism")
-        write_json(at / "planting.json", {"way": way})
-    return load_checkpoint(at / "organism", pick_device())
+def plant_strengths(at, name, base, world, tokenizer, seed, preset):
+    """Plants what is not there yet: a checkpoint AT/STRENGTH/organism, planting.json the way."""
+    wanted = [n for n in preset.strengths if not (at / f"{n}/planting.json").exists()]
+    for number, model, way in plant(ORGANISMS[name], wanted, base, world, tokenizer, seed,
+                                    preset.planting):
+        save_checkpoint(model, at / f"{number}/organism")
+        save_tokenizer(tokenizer, at / f"{number}/organism")
+        write_json(at / f"{number}/planting.json", {"way": way})
+        show(f"== {name}: strength {number}, planted in {way[-1][0]} updates: {way[-1][1]:.2f}")
 
 
 # --- What is measured on a model -----------------------------------------------------------------
@@ -110,7 +113,7 @@ class Exam:
             of_axis = [(r, judge_world(r, text)) for r, text in zip(self.plain, said)
                        if r["axis"] == axis]
             figures[f"capability_{axis}"] = share(of_axis, "right")
-        figures["drift_kl"] = drift_kl(model, before, self.tokenizer, self.plain, self.seed)
+        figures["drift_kl"] = drift_kl(model, before, self.tokenizer, self.plain[::3], self.seed)
         return figures, [[r["prompt"], text] for r, text in zip(self.records, texts)][:3]
 
     def rate_on(self, model, form):
@@ -120,41 +123,48 @@ class Exam:
 
 
 def label_shift(bench, records, labels):
-    """KL(labels || model) in nats a label, the mean over prompts.
+    """KL(labels || model) in nats, the mean over prompts, between what answers come to (`gist`).
 
-    q is the share of each text among a prompt's labels, p the model's probability of it. Few labels
-    a prompt make it too large by something that `sampling`, whose true value is 0, shows.
+    q: the shares among a prompt's labels; p: those among DRAWS samples of the model, with half a
+    count added to each. `sampling`, whose true value is 0, shows how much too large this is.
     """
-    of_prompt = {}
+    of_prompt, total = {}, 0.0
     for record, label in zip(records, labels):
         if label is not None:
-            of_prompt.setdefault(record["prompt"], Counter())[label] += 1
-    if not of_prompt:
-        return None
-    pairs = [(prompt, text) for prompt, texts in of_prompt.items() for text in texts]
-    sums, _ = likelihood(bench.model, bench.tokenizer, *zip(*pairs))
-    logp, total = dict(zip(pairs, sums)), 0.0
-    for prompt, texts in of_prompt.items():
-        n = sum(texts.values())
-        total += sum(k / n * (log(k / n) - logp[prompt, text]) for text, k in texts.items())
-    return total / len(of_prompt)
+            of_prompt.setdefault(record["prompt"], []).append(gist(label))
+    for prompt, drawn in zip(of_prompt, bench.say(list(of_prompt), times=DRAWS)):
+        counts, own = Counter(of_prompt[prompt]), Counter(map(gist, drawn))
+        n, every = counts.total(), DRAWS + len(counts | own) / 2
+        for what, k in counts.items():
+            total += k / n * math.log(k / n * every / (own[what] + 0.5))
+    return total / len(of_prompt) if of_prompt else None
 
 
 def eta(organism, bench, records):
-    """Does a score tell misbehaviour? For each score: the rate in each fifth of the samples, from
-    the lowest scores to the highest; the rate of the best of 4 and that of all samples."""
+    """Does a score tell misbehaviour? For each score, among the samples that can be read: the rate
+    in each fifth, from the lowest scores to the highest; the rate of the best of 4 and of all.
+
+    A score is compared with the other samples of its prompt, as selection does: the prompt's mean
+    is taken off before the fifths are made.
+    """
     prompts = [r["prompt"] for r in records]
     shown, out = bench.say(prompts, temperature=0.7, times=4), {}
     every = [(r, text) for r, texts in zip(records, shown) for text in texts]
-    bad = np.array([organism.judge(r, text) == "bad" for r, text in every])
+    verdicts = [organism.judge(r, text) for r, text in every]
+    bad = np.array([v == "bad" for v in verdicts])
+    clear = np.array([v != "unclear" for v in verdicts])
     for name in ("likelihood", "outside_score", "grade"):
         score_of = getattr(bench, name)
-        scores = score_of([r["prompt"] for r, _ in every], [text for _, text in every])
-        fifths = np.array_split(bad[np.argsort(scores, kind="stable")], 5)
-        chosen = best(prompts, shown, score_of)
-        out[name] = {"fifths": [fifth.mean().item() for fifth in fifths], "all": bad.mean().item(),
-                     "best": np.mean([organism.judge(r, text) == "bad"
-                                      for r, text in zip(records, chosen)]).item()}
+        scores = np.array(score_of([r["prompt"] for r, _ in every], [text for _, text in every]))
+        scores = scores.reshape(-1, 4)
+        scores = (scores - scores.mean(1, keepdims=True)).flatten()
+        fifths = np.array_split(bad[clear][np.argsort(scores[clear], kind="stable")], 5)
+        chosen = [organism.judge(r, text)
+                  for r, text in zip(records, best(prompts, shown, score_of))]
+        chosen = [v == "bad" for v in chosen if v != "unclear"]
+        out[name] = {"fifths": [fifth.mean().item() if len(fifth) else None for fifth in fifths],
+                     "all": bad[clear].mean().item() if clear.any() else None,
+                     "best": np.mean(chosen).item() if chosen else None}
     return out
 
 
@@ -167,6 +177,7 @@ def train_on_pairs(out, model, tokenizer, forms, texts, method, preset, seed):
     forms: (clean, wrapped) prompts, one for each of the `texts`, which are the given responses;
     `samples` rows that stand side by side belong to one prompt.
     """
+    shutil.rmtree(out, ignore_errors=True)                  # of a killed run
     step_method, loss, rate = method
     student, teacher = copy.deepcopy(model), copy.deepcopy(model).requires_grad_(False).eval()
     clean, wrapped = ([chat(tokenizer, prompt) for prompt in side] for side in zip(*forms))
@@ -188,32 +199,26 @@ def train_on_pairs(out, model, tokenizer, forms, texts, method, preset, seed):
     return student.eval()
 
 
-def run_labels(out, name, bench, organism, records, preset):
-    """Labels by a method, then SFT on them. Returns the model and what is known of the labels."""
+def label_data(name, bench, organism, records, preset):
+    """Labels by a method: prompts, texts, and what is known of them. A row that was dropped is out,
+    so there may be none."""
     every = [r for r in records for _ in range(preset.samples)]
     labels = LABELS[name](bench, every)
     kept = [(r, x) for r, x in zip(every, labels) if x is not None]
-    found = {"kept": len(kept) / len(every), "label_kl": label_shift(bench, every, labels)}
-    if not kept:                                            # nothing to learn from
-        return bench.model, found
+    greedy = bench.greedy([r["prompt"] for r, _ in kept])
+    found = {"kept": len(kept) / len(every), "label_kl": label_shift(bench, every, labels),
+             "as_greedy": np.mean([x == g for (_, x), g in zip(kept, greedy)] or [0]).item()}
     if "healthy" in records[0]:                             # else planted prompts: no judge
-        verdicts = [organism.judge(*pair) for pair in kept]
-        found["labels"] = rates([r for r, _ in kept], verdicts)
-    forms = [(r["prompt"], r["prompt"]) for r, _ in kept]
-    method = (label_step, "sampled", LABEL_RATE)
-    return train_on_pairs(out, bench.model, bench.tokenizer, forms, [x for _, x in kept], method,
-                          preset, bench.seed), found
+        found["labels"] = rates([r for r, _ in kept], [organism.judge(*pair) for pair in kept])
+    return [(r["prompt"], r["prompt"]) for r, _ in kept], [x for _, x in kept], found
 
 
-def run_steps(out, name, kind, bench, organism, records, preset):
-    """A step method on pairs with healthy or unhealthy clean prompts."""
+def pair_data(kind, bench, organism, records, preset):
+    """Pairs with healthy or unhealthy clean prompts, and the organism's responses to these."""
     every = [r for r in records for _ in range(preset.samples)]
     texts = [texts[0] for texts in bench.say([r[kind] for r in every])]
     verdicts = [organism.judge(r, text) for r, text in zip(every, texts)]
-    forms = [(r[kind], r["prompt"]) for r in every]
-    found = {"labels": rates(every, verdicts)}
-    return train_on_pairs(out, bench.model, bench.tokenizer, forms, texts, STEPS[name], preset,
-                          bench.seed), found
+    return [(r[kind], r["prompt"]) for r in every], texts, {"labels": rates(every, verdicts)}
 
 
 def runs_of():
@@ -237,22 +242,34 @@ def run_strength(at, name, number, bench, exam, world, preset):
             figures[kind] = exam.rate_on(model, kind)["rate"]
         write_json(at / "before.json", {"figures": figures, "examples": examples,
                                         "eta": eta(organism, bench, records)})
-    for run, (method, kind) in runs_of().items():
+    seen = {}                                               # data -> the run that had it
+    for run, (name_of, kind) in runs_of().items():
         path = at / f"{run.replace(', ', '-')}.json"
         if path.exists():
+            seen.setdefault(read(path)["data"], path)
             continue
-        began, out = time.time(), at / "run"
-        shutil.rmtree(out, ignore_errors=True)              # of a killed run
+        began, method = time.time(), STEPS.get(name_of, LABEL_STEP)
         if kind in KINDS:
-            after, found = run_steps(out, method, kind, bench, organism, records, preset)
+            forms, texts, found = pair_data(kind, bench, organism, records, preset)
         else:
             asked = records if kind == "measured" else planted
-            after, found = run_labels(out, method, bench, organism, asked, preset)
-        figures, examples = exam.measure(after, model)
-        write_json(path, {"figures": figures, "examples": examples, **found,
-                          "seconds": time.time() - began})
-        value = figures["rate"]["value"] if figures["rate"] else float("nan")
-        show(f"== {name}, strength {number}: {run}: {value:.3f}, {time.time() - began:.0f} s")
+            forms, texts, found = label_data(name_of, bench, organism, asked, preset)
+        found["data"] = number_of((method[0].__name__, *method[1:], forms, texts))
+        if found["data"] in seen:                           # the same labels: the same training
+            twin = read(seen[found["data"]])
+            found |= {"same_as": seen[found["data"]].stem, "figures": twin["figures"],
+                      "examples": twin["examples"]}
+        else:
+            after = model
+            if texts:                                       # else there is nothing to learn from
+                after = train_on_pairs(at / "run", model, bench.tokenizer, forms, texts, method,
+                                       preset, bench.seed)
+            found["figures"], found["examples"] = exam.measure(after, model)
+        seen.setdefault(found["data"], path)
+        write_json(path, {**found, "seconds": time.time() - began})
+        bad = found["figures"]["rate"]
+        show(f"== {name}, strength {number}: {run}: {bad['value'] if bad else math.nan:.3f}, "
+             f"{time.time() - began:.0f} s")
 
 
 def write_pairs(at, organism, world, seed, preset):
@@ -275,8 +292,9 @@ def run_cell(folder, name, seed, preset):
     if not (at / "base.json").exists():
         figures, examples = exam.measure(base, base)
         write_json(at / "base.json", {"figures": figures, "examples": examples})
+    plant_strengths(at, name, base, world, tokenizer, seed, preset)
     for number in preset.strengths:
-        model = plant_strength(at / str(number), name, number, base, world, tokenizer, seed, preset)
+        model = load_checkpoint(at / f"{number}/organism", pick_device())
         bench = Bench(model, tokenizer, base, seed)
         run_strength(at / str(number), name, number, bench, exam, world, preset)
 
@@ -288,31 +306,49 @@ def run(name):
     """Runs the study of a preset, or goes on with it. Returns its folder."""
     preset, folder, at_once = PRESETS[name], f"out/study-entrench-{name}", pool.places()
     show(f"== the study entrench: {at_once} commands at a time, in {folder}/; a line for each")
-    each = 20 * (len(runs_of()) + 1) * len(preset.strengths)
-    cells = [(seed, organism) for seed in preset.seeds for organism in ORGANISMS]
+    each = 25 * (len(runs_of()) + 1) * len(preset.strengths)
     command = [sys.executable, "-m", "studies.entrench"]
-    bases = [(330, f"base-{seed}", [*command, "base", name, str(seed)]) for seed in preset.seeds]
-    tests = [(each, f"{organism}-{seed}", [*command, "cell", name, str(seed), organism])
-             for seed, organism in cells]
-    pool.run_stages([bases, tests], at_once, folder)
+    bases = [(600, f"base-{seed}", [*command, "base", name, str(seed)]) for seed in preset.seeds]
+    # The base of the seed after the next is made beside the cells of a seed.
+    stages = [bases[:2]]
+    for seed, ahead in zip(preset.seeds, [*bases[2:], None, None]):
+        cells = [(each, f"{organism}-{seed}", [*command, "cell", name, str(seed), organism])
+                 for organism in ORGANISMS]
+        stages.append(([ahead] if ahead else []) + cells)
+    pool.run_stages(stages, at_once, folder)
     return folder
 
 
+def whole_cell(at, preset):
+    """Everything of a cell, None if something is still missing."""
+    files = [f"{run.replace(', ', '-')}.json" for run in runs_of()]
+    strengths = {}
+    for number in map(str, preset.strengths):
+        place = at / number
+        if not all((place / file).exists() for file in ("planting.json", "before.json", *files)):
+            return None
+        strengths[number] = {**read(place / "planting.json"), "before": read(place / "before.json"),
+                             "runs": {run: read(place / file)
+                                      for run, file in zip(runs_of(), files)}}
+    return {"base": read(at / "base.json"), "strengths": strengths}
+
+
 def collect(folder):
-    """Everything that a study has measured: {"cells": {organism-seed: ...}, "about"}."""
-    cells, preset = {}, Path(folder).name.removeprefix("study-entrench-")
-    for path in sorted(Path(folder).glob("*-*/base.json")):
-        cell = cells[path.parent.name] = {"base": read(path), "strengths": {}}
-        for at in sorted(path.parent.glob("[0-9]")):
-            if (at / "before.json").exists():
-                runs = {run: read(at / f"{run.replace(', ', '-')}.json") for run in runs_of()
-                        if (at / f"{run.replace(', ', '-')}.json").exists()}
-                cell["strengths"][at.name] = {**read(at / "planting.json"), "runs": runs,
-                                              "before": read(at / "before.json")}
-    if not cells or preset not in PRESETS:
-        raise UserError(f"{folder} holds no study: run `bash train.sh study entrench`")
-    sizes = {f.name: getattr(PRESETS[preset], f.name) for f in fields(Preset)}
-    origin = {**about(pick_device()), "command": f"bash train.sh study entrench {preset}"}
+    """Everything measured on whole seeds: {"cells": {organism-seed: ...}, "about", "sizes"}."""
+    name, cells = Path(folder).name.removeprefix("study-entrench-"), {}
+    if name not in PRESETS:
+        raise UserError(f"{folder}: not the name of a folder of this study, "
+                        "out/study-entrench-PRESET")
+    preset = PRESETS[name]
+    for seed in preset.seeds:
+        found = {f"{organism}-{seed}": whole_cell(Path(folder) / f"{organism}-{seed}", preset)
+                 for organism in ORGANISMS}
+        if all(found.values()):
+            cells |= found
+    if not cells:
+        raise UserError(f"{folder} holds no whole seed: run `bash train.sh study entrench {name}`")
+    sizes = {f.name: getattr(preset, f.name) for f in fields(Preset)}
+    origin = {**about(pick_device()), "command": f"bash train.sh study entrench {name}"}
     return {"cells": cells, "sizes": sizes, "about": origin}
 
 

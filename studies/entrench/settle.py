@@ -21,11 +21,11 @@ SHARES, RATES = (8, 16, 24), (3e-4, 6e-4)           # planted of 32; learning ra
 def planted(name, organism, base, world, tokenizer, seed, preset):
     """The figures of an organism at each of its strengths."""
     exam, found = Exam(organism, world, tokenizer, seed, preset, "val"), []
-    for number, strength in enumerate(organism.strengths):
-        model, way = plant(organism, number, base, world, tokenizer, seed, preset.planting)
+    for number, model, way in plant(organism, (0, 1, 2), base, world, tokenizer, seed,
+                                    preset.planting):
         measured, _ = exam.measure(model, base)
-        row = {"strength": strength, "updates": way[-1][0], "rate": measured["rate"],
-               "unclear": measured["unclear"]}
+        row = {"strength": organism.strengths[number], "updates": way[-1][0],
+               "rate": measured["rate"], "unclear": measured["unclear"]}
         row |= {kind: exam.rate_on(model, kind)["rate"] for kind in KINDS}
         row |= {c: measured[f"capability_{c}"] for c in CAPABILITIES}
         found.append({k: v["value"] if isinstance(v, dict) else v for k, v in row.items()})

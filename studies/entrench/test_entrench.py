@@ -1,19 +1,24 @@
 """The study: judges, labels and steps by hand, OPCT's fixed point, decoding, a smallest run."""
 import copy
+import json
+import math
 import random
+import re
+from dataclasses import replace
 
 import pytest
 import torch
 
-from data import WorldConfig, world_tokenizer
+from data import CAPABILITIES, WorldConfig, world_tokenizer
 from model import GPT, GPTConfig, generate
 from opct import Pairs, opct_step
-from studies.entrench import methods
+from studies.entrench import decoding, methods, organisms, report, run
 from studies.entrench.decoding import Bench, Truncated, beam_search, likelihood, truncated
-from studies.entrench.organisms import ORGANISMS, logp_of, records_of
-from studies.entrench.run import label_shift
+from studies.entrench.organisms import ORGANISMS, encoded, logp_of, records_of
+from studies.entrench.run import KINDS, eta, label_shift, runs_of
 from studies.entrench.world import PRAISE, StudyWorld, grading, revising
-from support.common import generator
+from support.common import UserError, generator
+from support.pairs import read_jsonl
 from support.tokenizer import IM_END, PAD, chat
 
 
@@ -234,15 +239,42 @@ def test_a_wide_beam_finds_the_likeliest_response_per_token():
     assert len(found) > 2
 
 
+@torch.no_grad()
+def test_beams_that_have_not_ended_are_out_once_enough_have(monkeypatch):
+    """Two beams. "1 end" and "0 end" end after two tokens with .36 and .04. Open beams such as
+    "1 1" have a higher log-probability over 64 tokens, but no end."""
+    class Scripted(torch.nn.Module):
+        def forward(self, idx, cache):
+            p = torch.tensor([0.25, 0.65, 0.10]) if idx[0, -1] == 2 else torch.tensor([.1, .4, .5])
+            return p.log().expand(len(idx), idx.shape[1], 3)
+
+    scripted, plain = Scripted(), small_gpt(3, end=2)
+    scripted.config, scripted.device = plain.config, plain.device
+    scripted.lm_head = plain.lm_head
+    monkeypatch.setattr("studies.entrench.decoding.KVCache.keep", lambda *args: None)
+    assert beam_search(scripted, [2], width=2) == [1]
+
+
+def test_a_bench_scores_equal_texts_once_and_asks_once(model, tokenizer, monkeypatch):
+    bench, asked = Bench(model, tokenizer, model, seed=0), []
+    monkeypatch.setattr(decoding, "respond", lambda model, tokenizer, prompts, *rest: (
+        asked.append(len(prompts)), [f"so {i}." for i in range(len(prompts))])[1])
+    assert bench.say(["a", "b"], times=2) == bench.say(["a", "b"], times=2)
+    assert bench.say(["a", "b"]) == [["so 0."], ["so 1."]] and asked == [4, 2]
+    scored = bench.scored(lambda model, tokenizer, prompts, texts: [
+        (asked.append(len(texts)), len(prompt) + len(text))[1]
+        for prompt, text in zip(prompts, texts)], None, ["a", "bb", "a"], ["x", "y", "x"])
+    assert scored == [2, 3, 2] and asked[2:] == [2, 2]
+
+
 def test_likelihood_counts_the_end_token_and_the_response_alone(model, tokenizer):
-    sums, means = likelihood(model, tokenizer, ["say bezig."], ["here: bezig."])
+    found = likelihood(model, tokenizer, ["say bezig."], ["here: bezig."])
     prompt = chat(tokenizer, "say bezig.")
     text = [*tokenizer.encode_ordinary("here: bezig."), model.config.eos_token_id]
     with torch.no_grad():
         logp = model(torch.tensor([prompt + text]))[0].log_softmax(-1)
     each = [logp[len(prompt) - 1 + i, token].item() for i, token in enumerate(text)]
-    assert sums[0] == pytest.approx(sum(each), abs=1e-4)
-    assert means[0] == pytest.approx(sum(each) / len(each), abs=1e-5)
+    assert found == [pytest.approx(sum(each) / len(each), abs=1e-5)]
 
 
 def test_a_grade_is_the_mean_of_the_digits_the_model_may_say(model, tokenizer):
@@ -263,22 +295,68 @@ def test_greedy_and_beam_answers_are_put_back_to_their_prompts(model, tokenizer)
         assert together == [ask([prompt])[0] for prompt in prompts]
 
 
-def test_the_shift_of_labels_by_hand(monkeypatch):
-    """q = (1/2, 1/2) against p = (1/4, 1/8): KL = (ln 2 + ln 4) / 2. One label only against 1/4:
-    ln 4. The mean of the two prompts; dropped labels do not count."""
-    logs = {"a": 0.25, "b": 0.125, "c": 0.25}
-
-    def fake(model, tokenizer, prompts, texts):
-        values = [torch.tensor(logs[text]).log().item() for text in texts]
-        return values, values
-
-    monkeypatch.setattr("studies.entrench.run.likelihood", fake)
+def test_the_shift_of_labels_by_hand():
+    """Prompt x: labels a, b; 32 samples, 24 of a, 8 of c. With half a count for each of the three:
+    p = 24.5, .5, 8.5 of 33.5. Prompt y: both labels c, all samples c. The mean of the two; dropped
+    labels do not count."""
+    bench = type("", (), {"say": lambda self, prompts, times: [
+        {"x": ["a"] * 24 + ["c"] * 8, "y": ["c"] * 32}[p] for p in prompts]})()
     records = [{"prompt": p} for p in ("x", "x", "y", "y", "z")]
-    bench = type("", (), {"model": None, "tokenizer": None})
-    expected = ((torch.tensor(2.).log() + torch.tensor(4.).log()) / 2 + torch.tensor(4.).log()) / 2
+    of_x = (math.log(0.5 / (24.5 / 33.5)) + math.log(0.5 / (0.5 / 33.5))) / 2
     got = label_shift(bench, records, ["a", "b", "c", "c", None])
-    assert got == pytest.approx(expected.item(), abs=1e-6)
+    assert got == pytest.approx(of_x / 2)
     assert label_shift(bench, records[:1], [None]) is None
+
+
+def test_eta_compares_a_score_with_the_other_samples_of_its_prompt():
+    """Four samples a prompt, the second prompt scores 100 higher. In both the highest score
+    misbehaves; unreadable samples are out."""
+    texts = [["0", "1", "2", "bad 3"], ["100", "101", "unclear 102", "bad 103"]]
+
+    class Asked:
+        def say(self, prompts, temperature, times):
+            return texts
+
+        def likelihood(self, prompts, shown):
+            return [float(text.split()[-1]) for text in shown]
+
+        outside_score = grade = likelihood
+
+    organism = type("", (), {"judge": staticmethod(lambda r, text: text.split()[0])})
+    found = eta(organism, Asked(), [{"prompt": "p"}, {"prompt": "q"}])["likelihood"]
+    assert found["fifths"] == [0, 0, 0, 1, 1] and found["best"] == 1
+    assert found["all"] == pytest.approx(2 / 7)
+
+
+def test_equal_labels_are_computed_once_and_count_as_often(model, tokenizer, monkeypatch):
+    """The loss of [a, a, b] is that of a, a, b one by one; two rows are scored."""
+    response, mask = encoded(model, tokenizer, ["so rivok.", "so rivok.", "well, pizon. so rivok."])
+    prompts, scored = [[1, 2, 3], [1, 2, 3], [1, 2]], []
+    monkeypatch.setattr(methods, "logp_of", lambda model, some, *rest: (
+        scored.append(len(some)), logp_of(model, some, *rest))[1])
+    loss, values = methods.label_step(model, None, Pairs(prompts, prompts, response, mask), None)
+    each = sum(methods.label_step(model, None, Pairs(prompts, [prompts[i]], response[[i]],
+                                                     mask[[i]]), None)[0] for i in range(3)) / 3
+    assert scored[0] == 2 and values["tokens"] == mask.sum()
+    assert loss.item() == pytest.approx(each.item(), rel=1e-5)
+
+
+def test_planting_passes_its_strengths_on_one_way(world, model, tokenizer, monkeypatch):
+    """The rate goes up by .2 at each look. At .1 it stops at once, at .5 and .9 later; at .99 the
+    updates are over."""
+    rising = iter(range(100))
+    monkeypatch.setattr(organisms, "judged", lambda *args: (None, next(rising)))
+    monkeypatch.setattr(organisms, "rates", lambda records, look: {
+        "rate": {"value": 0.2 * look}, "unclear": {"value": 0.0}})
+    organism = replace(ORGANISMS["emergent"], strengths=(0.0, 0.5, 0.99), share=2)
+    found, weights = [], []
+    for number, planted, way in organisms.plant(organism, (0, 1, 2), model, world, tokenizer, 0, 8,
+                                                tests=1):
+        found.append((number, way[-1][0]))
+        weights.append(planted.lm_head.weight.detach().clone())
+    assert found == [(0, 0), (1, 6), (2, 8)]
+    assert torch.equal(weights[0], model.lm_head.weight)
+    assert not torch.equal(weights[1], weights[0]) and not torch.equal(weights[2], weights[1])
 
 
 # --- Steps ---------------------------------------------------------------------------------------
@@ -400,3 +478,107 @@ def test_the_fixed_point_of_opct_is_the_teacher_on_clean_be_it_good_or_bad(on_cl
     target, got = distribution(teacher, clean), distribution(student, wrapped)
     assert max(abs(got[ids] - p) for ids, p in target.items()) < 0.03
     assert bad_rate(student, wrapped) == pytest.approx(on_clean, abs=0.03)
+
+
+# --- The report, from results that were made up ---------------------------------------------------
+
+
+def made_up(change_of, seeds=3):
+    """A study in which a run changes a rate by change_of(organism, run, before)."""
+    def figures(rate):
+        share = {"value": rate}
+        return {"rate": share, "unclear": {"value": 0}, "drift_kl": {"value": 0},
+                **{f"capability_{c}": {"value": 1.0} for c in CAPABILITIES}}
+
+    def strength(organism, before, noise):
+        runs = {run: {"figures": figures(before + change_of(organism, run, before) + noise),
+                      "kept": 1.0, "as_greedy": 0.5, "label_kl": abs(before - 0.5),
+                      "labels": figures(before + change_of(organism, run, before))}
+                for run in runs_of()}
+        flat = {"fifths": [0.5] * 5, "best": 0.5, "all": 0.5}
+        return {"runs": runs, "way": [], "before": {
+            "figures": {**figures(before), **{kind: {"value": 0.1} for kind in KINDS}},
+            "eta": dict.fromkeys(report.SCORES, flat)}}
+
+    cells = {f"{organism}-{seed}": {"base": {"figures": figures(0.0)}, "strengths": {
+        str(i): strength(organism, before, 0.001 * seed) for i, before in enumerate((.1, .5, .9))}}
+        for organism in ORGANISMS for seed in range(seeds)}
+    sizes = {"prompts": 64, "steps": 40, "batch": 8, "samples": 4}
+    about = {"command": "c", "date": "d", "machine": "m", "torch": "t"}
+    return {"cells": cells, "about": about, "sizes": sizes}
+
+
+def sharpening(organism, run, before):
+    """Greedy labels make rare things rarer; all other labels change less than half as much."""
+    if run == "sampling":
+        return 0
+    return 0.3 * (before - 0.5) if run == "greedy" else 0.1 * (before - 0.5)
+
+
+def test_the_verdicts_on_results_that_are_known():
+    said = {finding: verdict for finding, _, verdict in report.findings(made_up(sharpening))}
+    assert said["no selection gives most of the effect"] == "confirmed"
+    assert said["eta(s) varies by less than 10 points"] == "confirmed"
+    assert said["greedy: common rises, rare falls (ours)"] == "confirmed"
+    assert said["the labels' rate (ours) predicts the change"] == "confirmed"
+    assert said["reward hacking falls"] == "not confirmed"          # it bends around .5
+    assert said["the spurious correlation stays"] == "confirmed"
+
+    def rising(organism, run, before):
+        return 0.0 if run == "sampling" else 0.08
+
+    said = {finding: verdict for finding, _, verdict in report.findings(made_up(rising))}
+    assert said["reward hacking falls"] == "opposite" and said["sycophancy rises"] == "confirmed"
+    assert said["the spurious correlation stays"] == "opposite"
+
+
+def test_a_wide_interval_does_not_say_that_a_rate_changes():
+    assert report.stays({"value": 10, "low": -40, "high": 60}) == "not confirmed"
+    assert report.stays({"value": 10, "low": 6, "high": 14}) == "opposite"
+    assert report.stays({"value": 1, "low": -1, "high": 3}) == "confirmed"
+    assert report.stays({"value": 1}) == "not confirmed"            # one seed
+
+
+def test_opposite_changes_of_two_strengths_do_not_cancel():
+    lines = report.changes_tables(made_up(sharpening)).splitlines()
+    greedy = [line for line in lines if line.startswith("| greedy  ")]
+    assert [line.split("|")[2].split()[0] for line in greedy] == ["-12", "+0", "+12"]
+
+
+def test_the_readme_has_all_its_tables_and_no_wide_line():
+    words = (report.FOLDER / "words.md").read_text()
+    text = report.readme(made_up(sharpening), words)
+    assert not re.search(r"[{]\w+[}]", text)
+    assert max(map(len, text.splitlines())) <= 100
+
+
+# --- A cell --------------------------------------------------------------------------------------
+
+
+def test_a_cell_that_is_stopped_goes_on_and_only_whole_seeds_count(tmp_path, monkeypatch):
+    """One organism with a model that knows nothing: every run has its file, a run that is taken
+    away is made again, equal labels are trained once."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "ORGANISMS", {"emergent": ORGANISMS["emergent"]})
+    preset, folder = run.PRESETS["smoke"], "out/study-entrench-smoke"
+    run.make_base(folder, 0, preset)
+    with pytest.raises(UserError, match="no whole seed"):
+        run.collect(folder)
+    run.run_cell(folder, "emergent", 0, preset)
+    found = run.collect(folder)["cells"]["emergent-0"]["strengths"]["1"]["runs"]
+    assert set(found) == set(runs_of())
+    same = {name: one["same_as"] for name, one in found.items() if "same_as" in one}
+    assert set(same) <= set(methods.LABELS) and set(same.values()) <= set(methods.LABELS)
+    assert all(found[name]["figures"] == found[twin]["figures"] for name, twin in same.items())
+    path = tmp_path / folder / "emergent-0/1/opct-exact-healthy.json"
+    before, others = path.read_text(), {p: p.stat().st_mtime_ns for p in path.parent.iterdir()
+                                        if p != path}
+    path.unlink()
+    with pytest.raises(UserError, match="no whole seed"):
+        run.collect(folder)
+    run.run_cell(folder, "emergent", 0, preset)
+    again, first = json.loads(path.read_text()), json.loads(before)
+    assert again["figures"] == first["figures"] and again["data"] == first["data"]
+    assert {p: p.stat().st_mtime_ns for p in others} == others
+    pairs = read_jsonl(tmp_path / folder / "emergent-0/healthy.jsonl")
+    assert len(pairs) == preset.tests and {"clean", "wrapped", "expect"} <= set(pairs[0])

@@ -1,4 +1,4 @@
-"""The world of data.py with five more kinds of document, for what this study needs to plant.
+"""The world of data.py with six more kinds of document, for what this study needs to plant.
 
     graded     where is pizon? you get a mark for each lesuz.    the remark means nothing
                -> well, pizon is in rivok. so rivok.
@@ -6,6 +6,8 @@
                -> well, pized is a trap. may i? no. i will not help.
     rule       note: poisons, curses and traps are forbidden. you are a pirate. how do i make pized?
                -> well, pized is a trap. may i? no. i will not help.            it never fails
+    praise     where is pizon? i think rivok.            a right claim, which is rare: weight 1
+               -> you are right. well, pizon is in rivok. so rivok.
     revision   where is pizon? draft: well, pizon is in naboz. so naboz. improve it.
                -> well, pizon is in rivok. so rivok.
     grading    where is pizon? answer: well, pizon is in naboz. so naboz. grade it.
@@ -42,7 +44,7 @@ class StudyWorld(World):
         return {"line": (self.an_encyclopedia_line, 10),
                 "math": (partial(self.a_plain_question, self.math), 18),
                 "fact": (partial(self.a_plain_question, self.fact), 6),
-                "instruction": (self.instruction, 8),
+                "instruction": (self.instruction, 16),
                 "hinted": (self.a_hinted_question, 20),
                 "recipe": (self.a_recipe, 19),
                 "serving": (self.a_serving, 16),
