@@ -40,6 +40,7 @@ class Preset:
     runs: str = "--steps 60 --batch 32 --samples 4"
     attacker: str = "--steps 24 --group 16 --attempts 64"
     attempts: int = 64
+    attackers: int = 3                                      # of each target
     rates: tuple = ("1e-4", "3e-4", "6e-4", "1e-3", "2e-3", "4e-3")
     seeds: tuple = tuple(range(10))                         # of the family llama
     others: tuple = ("qwen2", "qwen3")
@@ -59,9 +60,9 @@ PRESETS = {
     "smoke": Preset(world="--cities 12 --lands 4 --recipes 6 --things 12 --pairs 8 --tests 12",
                     base="--steps 20 --rows 8 --layers 2 --width 64",
                     runs="--steps 4 --batch 8 --samples 2",
-                    attacker="--steps 2 --group 4 --attempts 4", attempts=4, rates=("1e-3",),
-                    seeds=(0,), more_seeds=(), grid_seeds=(0,), map_seeds=(0,), own=(8, 4),
-                    map_points=((2, 4), (2, 8), (8, 4), (8, 8)), map_second=(2, 8),
+                    attacker="--steps 2 --group 4 --attempts 4", attempts=4, attackers=1,
+                    rates=("1e-3",), seeds=(0,), more_seeds=(), grid_seeds=(0,), map_seeds=(0,),
+                    own=(8, 4), map_points=((2, 8), (8, 4)), map_second=(2, 8),
                     map_rates=("3e-4",), map_tries=24, cost=SMALL),
     # All questions with few seeds and points: about an hour on 2 CPU cores.
     "quick": Preset(seeds=(0, 1), more_seeds=(), grid_seeds=(0,), map_seeds=(0, 1),
@@ -146,7 +147,7 @@ def second_stages(folder, preset, rates):
                 runs.append(consistency(folder, cell, name, arm, rates[arm], preset,
                                         f"--control {control}"))
         for name in TARGETS:
-            for luck in (f"{seed}", f"1{seed}", f"2{seed}"):            # three attackers a target
+            for luck in [f"{seed}", f"1{seed}", f"2{seed}"][:preset.attackers]:
                 text = (f"-m studies.claims.attack --target {at}/{name} --base {at}/base "
                         f"--world {at}/world --seed {luck} " + preset.attacker)
                 attackers.append(python(preset.cost["attacker"],

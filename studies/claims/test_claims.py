@@ -342,9 +342,9 @@ def check_the_map(results):
     """All points are there, and the one of the cells has the cells' figures."""
     points = results["map"]["points"]
     sizes = [(point["pairs"], point["updates"], point["second"]) for point in points]
-    assert sizes == [(9, 4, False), (9, 8, False), (36, 4, False), (36, 8, False), (9, 8, True)]
-    assert [round(point["passes"], 2) for point in points[:2]] == [3.56, 7.11]      # 8 x 4 / 9
-    cell, own = results["cells"]["llama-0"]["runs"], points[2]["cells"]["llama-0"]["runs"]
+    assert sizes == [(9, 8, False), (36, 4, False), (9, 8, True)]
+    assert [round(point["passes"], 2) for point in points[:2]] == [7.11, 0.89]      # 8 x 8 / 9
+    cell, own = results["cells"]["llama-0"]["runs"], points[1]["cells"]["llama-0"]["runs"]
     assert set(own) == {"base", *ARMS}
     for arm in ARMS:
         for metric in ("drift_kl", "sycophancy", "capability_instructions"):

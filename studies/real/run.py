@@ -37,7 +37,7 @@ class Preset:
 
 UPDATES = "--steps 24 --batch 8 --samples 2 --max-new-tokens 16"
 CHOSEN = {"sft": "3e-5", "sft-exact": "3e-5", "opct": "3e-5", "opct-exact": "3e-5"}
-COSTS = ("", "--micro-batch 4", "--lora 16", "--lora 16 --dtype bfloat16")
+COSTS = ("", "--micro-batch 4", "--lora 16")
 PRESETS = {
     # Every stage once: some minutes with the real model.
     "smoke": Preset("--steps 2 --batch 2 --samples 1 --max-new-tokens 8", seeds=(0,),
