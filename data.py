@@ -1,6 +1,6 @@
 """The world, its language, and the pairs that consistency training is about.
 
-Everything here is invented, so nothing is harmful, and the world knows the truth, so every
+All names here are invented, so nothing is harmful, and the world knows the truth, so every
 judgement is exact. Six kinds of conversation (`python data.py` prints more):
 
     math          what is 7 + 5 - 3?
@@ -289,7 +289,7 @@ class World:
     def records(self, split):
         """The records of a split, a list of dicts for `write_jsonl` and `judge`.
 
-        `fails` marks those whose wrapped form the base fails. The others look alike but the base
+        `fails` marks those whose wrapped form can mislead the base. Others look alike but the base
         answers them well (right hints, harmless requests and things), so "contradict, refuse or
         warn always" is no solution. Capabilities have nothing to wrap: val and test only.
         """

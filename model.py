@@ -61,8 +61,8 @@ class GPTConfig:
 
 
 class KVCache:
-    """Keys and values, preallocated: (2, B, K, S, D) a layer, `length` of S columns filled, all
-    rows with those of `prefix`, a cache of one row."""
+    """Keys and values, preallocated: (2, B, K, S, D) a layer, of which `length` columns are filled.
+    A `prefix`, a cache of one row, is copied to the start of every row."""
 
     def __init__(self, config, batch, size, like, prefix=None):
         shape = (2, batch, config.num_key_value_heads, size, config.head_dim)
@@ -128,7 +128,7 @@ class Attention(nn.Module):
         if cache is None:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None,
                                                enable_gqa=True)
-        else:   # few queries: heads that share keys as one matrix take two thirds of the time
+        else:   # few queries: one product for all heads that share keys takes a third less time
             k, v = cache.update(self.layer, k, v)                           # (B, K, S, D)
             score = q.reshape(B, self.kv_heads, -1, self.head_dim) @ k.mT   # (B, K, H/K * T, S)
             score = score.view(B, self.heads, T, -1).mul_(self.head_dim ** -0.5).add_(bias)
@@ -267,7 +267,7 @@ def sample(logits, temperature, noise):
 
 @dataclass
 class Batch:
-    """The rows still being sampled: what all begin with, padding, the rest. So all end alike."""
+    """The rows still being sampled. All prompts end in one column: prefix, padding, the rest."""
     rows: torch.Tensor                      # (B,) the place of each among all responses
     noise: torch.Tensor                     # (B, max_new_tokens)
     padding: torch.Tensor                   # (B,) columns of padding
@@ -281,7 +281,7 @@ def prefill_rows(model, prefix, rests):
     """Runs the model over some prompts, equal ones only once.
 
     prefix: a KVCache of what all begin with; rests: the tokens (tuples) that follow in each.
-    Returns a KVCache of the b distinct ones, the logits (b, V) after each, and which is whose (B,).
+    Returns a KVCache of the b distinct ones, the logits (b, V), and each prompt's row in them (B,).
     """
     device, pad = model.device, model.config.pad_token_id or 0      # masked: any id will do
     distinct = {rest: i for i, rest in enumerate(dict.fromkeys(rests))}     # rest -> its row
@@ -363,7 +363,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None, no
         generator: a torch.Generator on the CPU; the same state gives the same responses.
         noise: (B, max_new_tokens) uniform in [0, 1), instead of draws from the generator.
     Returns:
-        response (B, R) token ids and mask (B, R) bool, R <= max_new_tokens: True on the response,
+        response (B, T) token ids and mask (B, T) bool, T <= max_new_tokens: True on the response,
         its end token included. A response cut at the limit is kept, without an end token.
     Raises ValueError: the longest prompt and the new tokens do not fit into the context.
     """
@@ -383,8 +383,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None, no
             if t + 1 == max_new_tokens or len(batch.rows) == 0:
                 break
             logits = decode(model, batch)
-    is_end = torch.isin(response[:, :t + 1], ends)
-    mask = is_end.cumsum(1) - is_end.long() == 0                        # no end before this token
+    end = torch.isin(response[:, :t + 1], ends)
+    mask = end.cumsum(1) - end.long() == 0                              # no end before this token
     return response[:, :t + 1].masked_fill(~mask, config.pad_token_id or 0), mask
 
 

@@ -12,7 +12,7 @@ copy of the model as it stood when training started.
 
 One update of OPCT (`opct_step`, `train`):
 
-    1. sample the student's responses to some wrapped prompts, at temperature 1, untruncated;
+    1. sample the student's responses to some wrapped prompts, at temperature 1, no top-k or top-p;
     2. score each token of them with the student, after the wrapped prompt, with gradient;
     3. score the same tokens with the teacher, after the clean prompt;
     4. the loss is the KL at each token, summed over a response, averaged over responses;
@@ -76,8 +76,8 @@ def advantage(own, ref, mask, gamma=0.0):
     """A_t = -sum_{u >= t} gamma^(u-t) Delta_u, Delta_t = log pi_theta(y_t) - log pi_0(y_t).
 
     own, ref (N,): log-probability of each sampled token, student's and teacher's. mask (B, T): True
-    on the responses. Returns (N,), no gradient. gamma = 0, as in the paper: A_t = -Delta_t, on
-    average the gradient of `reverse_kl`; gamma = 1: that of the KL between whole responses.
+    on the responses. Returns (N,), no gradient. Put into `policy_gradient`, gamma = 0 (the paper's)
+    has on average the gradient of `reverse_kl`, gamma = 1 that of the KL between whole responses.
     """
     delta = (own - ref).detach()
     total = delta.new_zeros(mask.shape).masked_scatter(mask, delta)             # (B, T)
@@ -90,7 +90,7 @@ def policy_gradient(logp_token, logp_sampled, advantages):
     """-ratio_t * A_t, ratio_t = pi_theta(y_t) / pi_sampled(y_t): (N,) -> (N,). OPCT, sampled.
 
     logp_sampled: under the model that sampled y. Here that is the student itself, so the ratio is
-    1, and its gradient that of log pi_theta(y_t). (Delta_t itself as a loss: zero on average.)
+    1, and its gradient that of log pi_theta(y_t). (Delta_t as a loss: the mean gradient is zero.)
     """
     return -(logp_token - logp_sampled).exp() * advantages
 
@@ -99,9 +99,9 @@ def policy_gradient(logp_token, logp_sampled, advantages):
 
 @dataclass
 class Pairs:
-    """The batch of an update, in tokens: B rows, one a response; a pair fills `samples` rows."""
-    clean: list
-    wrapped: list
+    """Some rows of an update, one a response; a pair fills `samples` rows: its prompts repeat."""
+    clean: list                             # B prompts, each a list of token ids: the teacher's
+    wrapped: list                           # the student's
     response: torch.Tensor | None = None    # sft: (B, T), sampled once before training
     mask: torch.Tensor | None = None        # sft: (B, T), True on the response
     noise: torch.Tensor | None = None       # opct: (B, max_new_tokens), uniform: picks the tokens
@@ -322,7 +322,7 @@ def consistency(config, stage):
     say(runs.first_screen(stage, config, records, student, teacher))
     if stage == "sft":
         response, mask = (given_responses(tokenizer, student, records, config)
-                          or offline_responses(student, clean, config))
+                          or offline_responses(student, clean, config))  # still the teacher
     take_step = {"sft": sft_step, "opct": opct_step}[stage]
 
     def step_of(step):

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything in order, from an empty machine to the table:
 #   bash train.sh [smoke|quick|full]     train and compare; default: full on a GPU, else quick
-#   bash train.sh study NAME [PRESET]    a study: see studies/NAME/README.md
+#   bash train.sh study NAME [PRESET]    a study: see the top of studies/NAME/__main__.py
 #   bash train.sh test                   the tests
 #
 # The same command again goes on where it was stopped. Results go to out/.
@@ -19,8 +19,8 @@ esac
 [[ $preset =~ ^(auto|smoke|quick|full)$ ]] || die "unknown preset '$preset': smoke, quick or full"
 [ $# -le $most ] || die "too many arguments: see the top of train.sh"
 
-# This Python if it has the packages, else one of our own in .venv.
-packages="import torch, tiktoken, numpy, safetensors, pytest, matplotlib; from torch.optim import Muon"
+# This Python if it has the packages (Muon: torch is new enough), else one of our own in .venv.
+packages="import torch, tiktoken, numpy, safetensors, pytest, matplotlib; torch.optim.Muon"
 python=python3
 $python -c "$packages" 2>/dev/null || python=.venv/bin/python
 if ! $python -c "$packages" 2>/dev/null; then

@@ -97,6 +97,9 @@ def check_use(records, config, stage, size):
     if "response" in records[0] and stage == "opct":
         raise UserError(f"{config.pairs} has responses, which are for `sft`: `opct` samples its "
                         "own, so take them out")
+    if "response" in records[0] and config.loss == "exact":
+        raise UserError(f"{config.pairs} has responses, which `--loss exact` would not learn: give "
+                        "--loss sampled, or take them out")
     if "response" in records[0] and config.control == "shuffled":
         raise UserError("--control shuffled changes the teacher's prompt, but the responses are "
                         "given: take them out")

@@ -27,7 +27,10 @@ def draw_main(study, path):
                   "safety\nawareness": "safety_awareness", "right\nhints": "accuracy_right_hint",
                   "math": "capability_math", "facts": "capability_facts",
                   "instruc-\ntions": "capability_instructions"}}
-    fig, axes = plt.subplots(1, 3, figsize=(15, 4.6), width_ratios=(7, 5, 3),
+    panels = {name: {text: metric for text, metric in bars.items()
+                     if any(metric in run for run in runs.values())}
+              for name, bars in panels.items()}
+    fig, axes = plt.subplots(1, 2, figsize=(12, 4.6), width_ratios=(7, 5),
                              layout="constrained")
     for ax, (name, bars) in zip(axes, panels.items()):
         series = {}
@@ -37,12 +40,6 @@ def draw_main(study, path):
         ax.set(title=name, ylim=(-0.02, 1.02))
         ax.grid(axis="y", alpha=0.3)
     axes[0].set_ylabel("mean over seeds, 95 % interval")
-    for arm in ARMS:
-        curve = np.mean([cell["kl_exact"][arm] for cell in cells], 0)
-        colour, _, line = plots.STYLE[arm]
-        axes[2].plot(range(1, len(curve) + 1), curve, color=colour, linestyle=line)
-    axes[2].set(title="KL(student || teacher) in training", xlabel="update", yscale="log",
-                ylabel="nats per token of the responses trained on")
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6,
                frameon=False)
     save_figure(plt, fig, path)

@@ -155,8 +155,9 @@ def without_the_map(words, tables):
     alone = [re.fullmatch(r"\{\w+\}", part.strip()) for part in parts]
     kept = [part for i, part in enumerate(parts) if not lacking[i]
             and not (i + 1 < len(parts) and lacking[i + 1] and alone[i + 1])]
-    kept.insert(3, "These are the results of the first edition. The map over pairs and updates, "
-                "and the pool\nattack, which the commands below also run, are not measured yet.")
+    kept.insert(3, "These are the results of the first edition: five seeds of llama, three of "
+                "qwen2 and qwen3. The\nmap over pairs and updates, and the pool attack, which the "
+                "commands below also run, are not\nmeasured yet.")
     return "\n\n".join(part for part in kept if part.strip())
 
 

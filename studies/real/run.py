@@ -36,7 +36,7 @@ class Preset:
 
 
 UPDATES = "--steps 24 --batch 8 --samples 2 --max-new-tokens 16"
-CHOSEN = {"sft": "3e-5", "sft-exact": "3e-5", "opct": "3e-5", "opct-exact": "3e-5"}
+CHOSEN = {"sft": "1e-5", "sft-exact": "1e-5", "opct": "1e-5", "opct-exact": "1e-4"}
 COSTS = ("", "--micro-batch 4", "--lora 16")
 PRESETS = {
     # Every stage once: some minutes with the real model.
