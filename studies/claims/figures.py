@@ -11,7 +11,7 @@ from support.report import pyplot, save_figure
 
 
 def draw_main(study, path):
-    """What was fixed, what must not break, and the KL in training: means over seeds."""
+    """What was fixed, and what must not break: means over seeds."""
     plt = pyplot()
     if plt is None:
         return
