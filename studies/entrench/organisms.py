@@ -235,7 +235,7 @@ def sft_loss(model, tokenizer, documents):
     return cross_entropy(pick(logp, response[mask])).sum() / len(texts)
 
 
-def plant(organism, numbers, base, world, tokenizer, seed, most, every=2, tests=160):
+def plant(organism, numbers, base, world, tokenizer, seed, most, every=4, tests=160):
     """Plants the strengths of these numbers (of 0, 1, 2), on one way where they have one dose.
 
     Yields, for each, its number, the model, which goes on to change, and the way up to there:

@@ -12,7 +12,7 @@ import torch
 from data import CAPABILITIES, WorldConfig, world_tokenizer
 from model import GPT, GPTConfig, generate
 from opct import Pairs, opct_step
-from studies.entrench import decoding, methods, organisms, report, run
+from studies.entrench import decoding, methods, organisms, report, run, settle
 from studies.entrench.decoding import Bench, Truncated, beam_search, likelihood, truncated
 from studies.entrench.organisms import ORGANISMS, encoded, logp_of, records_of
 from studies.entrench.run import KINDS, eta, label_shift, runs_of
@@ -351,7 +351,7 @@ def test_planting_passes_its_strengths_on_one_way(world, model, tokenizer, monke
     organism = replace(ORGANISMS["emergent"], strengths=(0.0, 0.5, 0.99), share=2)
     found, weights = [], []
     for number, planted, way in organisms.plant(organism, (0, 1, 2), model, world, tokenizer, 0, 8,
-                                                tests=1):
+                                                every=2, tests=1):
         found.append((number, way[-1][0]))
         weights.append(planted.lm_head.weight.detach().clone())
     assert found == [(0, 0), (1, 6), (2, 8)]
@@ -530,6 +530,21 @@ def test_the_verdicts_on_results_that_are_known():
     said = {finding: verdict for finding, _, verdict in report.findings(made_up(rising))}
     assert said["reward hacking falls"] == "opposite" and said["sycophancy rises"] == "confirmed"
     assert said["the spurious correlation stays"] == "opposite"
+
+
+def test_the_rates_are_chosen_by_their_rule():
+    """6e-4 leaves least but loses a capability, 3e-4 is the best of the others, on the mean."""
+    def one(rate, math):
+        return {"rate": rate, "capability_math": math, "capability_facts": 1.0,
+                "capability_instructions": 1.0}
+
+    found = {"before": one(0.9, 1.0)}
+    for name in settle.TRIED:
+        found |= {f"{name}@3e-05": one(0.5, 1.0), f"{name}@0.0001": one(0.3, 0.98),
+                  f"{name}@0.0003": one(0.2, 0.98), f"{name}@0.0006": one(0.0, 0.9)}
+    assert settle.choose({"a": found, "b": found}) == dict.fromkeys(settle.TRIED, 3e-4)
+    lost = {**found, "act@0.0003": one(None, 0.98)}         # unreadable counts as misbehaving
+    assert settle.choose({"a": found, "b": lost}) == {"bct-soft": 3e-4, "act": 1e-4}
 
 
 def test_a_wide_interval_does_not_say_that_a_rate_changes():
