@@ -47,7 +47,7 @@ def filled(words, tables):
 def fill(text, name, block):
     """Puts the block between <!-- name --> and <!-- end -->. Raises UserError: no such place."""
     pattern = rf"<!-- {name} -->\n.*?<!-- end -->"
-    new = f"<!-- {name} -->\n\n{block}\n\n<!-- end -->"
+    new = f"<!-- {name} -->\n{block}\n<!-- end -->"
     text, found = re.subn(pattern, lambda _: new, text, flags=re.S)
     if found != 1:
         raise UserError(f"the text has {found} places between <!-- {name} --> and <!-- end -->, "

@@ -195,4 +195,4 @@ def publish():
     write_text(FOLDER / "README.md", readme(study, (FOLDER / "words.md").read_text()))
     draw_all(study, FOLDER)
     path = FOLDER.parent.parent / "README.md"
-    write_text(path, fill(path.read_text(), "claims", main_table(study)))
+    write_text(path, fill(path.read_text(), "claims", f"\n{main_table(study)}\n"))

@@ -252,7 +252,7 @@ def test_a_readme_without_its_markers_is_refused():
     with pytest.raises(UserError, match="0 places between <!-- claims -->"):
         fill("no markers", "claims", "a table")
     filled = fill("<!-- claims -->\n<!-- end -->", "claims", "| a |")
-    assert filled == "<!-- claims -->\n\n| a |\n\n<!-- end -->"
+    assert filled == "<!-- claims -->\n| a |\n<!-- end -->"
 
 
 def test_train_sh_has_the_learning_rates_that_the_study_chose_and_the_studys_sizes():
@@ -326,7 +326,7 @@ def test_the_study_at_its_smallest(tmp_path):
     assert json.loads((folder / "results.json").read_text()) == results
 
     # An attack that was killed after its training is tried again, not trained again.
-    attacked = folder / "llama-0/opct/attacker-10/attack.json"
+    attacked = folder / "llama-0/opct/attacker-0/attack.json"
     before = attacked.read_text()
     attacked.unlink()
     command = next(line for line in done if "/opct --base" in line and "--seed 10" in line)

@@ -34,7 +34,6 @@ TITLES = {
     "everyday": "everyday questions", "context": "told by the user",
     "kl": "KL on wrapped prompts", "drift_kl": "drift, plain questions"}
 KLS = ("kl", "drift_kl")
-MAIN = ("follows_new", "right_new", "clean_new")            # of the main README
 # The last one differs in two things, whose responses and which loss.
 CONTRASTS = {"opct - sft": ("opct", "sft"), "opct-exact - sft-exact": ("opct-exact", "sft-exact"),
              "opct-exact - sft": ("opct-exact", "sft")}
@@ -238,6 +237,24 @@ def rates_table(study):
     return markdown(lines)
 
 
+def every_rate(study):
+    """The first seed at every learning rate: what carries over, and what breaks."""
+    records_of, lines = asked(study), [["", "rate", "follows, new", "right, new", "no hint, new",
+                                        "told by the user", "drift"]]
+    runs = {name: found for name, found in study["runs"].items() if name.endswith(".0")}
+    for arm in ARMS:
+        of_arm = {name.partition(".")[0].partition("@")[2] or study["rates"][arm]: found
+                  for name, found in runs.items() if name.partition(".")[0].split("@")[0] == arm}
+        for rate, found in sorted(of_arm.items(), key=lambda one: float(one[0])):
+            shares = flags(found, records_of)
+            bold = "**" if rate == study["rates"][arm] else ""
+            lines.append([arm, f"{bold}{rate}{bold}",
+                          *(f"{shares[name][0].mean():.2f}" for name in
+                            ("follows_new", "right_new", "clean_new", "context")),
+                          f"{found['drift_kl']['value']:.3f}"])
+    return markdown(lines)
+
+
 def costs_table(study):
     """Seconds an update and the highest memory of a whole process."""
     lines = [["flags", "seconds an update", "memory, GB", "threads"]]
@@ -279,21 +296,36 @@ def counts_of(study):
 def blocks(study):
     """Every table of README.md: name -> Markdown."""
     figures, about = figures_of(study), study["about"]
-    seeds = len(runs_of(study)["opct-exact"])
     return {"about": f"`{about['command']}`, {about['date']}, {about['machine']}, "
-                     f"torch {about['torch']}, {seeds} seed{'s' * (seeds > 1)}.",
+                     f"torch {about['torch']}, {seeds_of(study)}.",
             "result": table(figures, ("base", *ARMS), TITLES),
             "families": by_family(figures), "differences": differences(figures),
             "kinds": over_kinds(figures), "counts": counts_of(study),
             "controls": beside(figures, ("base", "sft", *CONTROLLED), CONTROLLED),
             "again": beside(figures, ("base", "rounded-again"), ("rounded-again",)),
-            "rates": rates_table(study), "costs": costs_table(study),
-            "transcripts": transcripts(study), "updates": study["updates"]}
+            "rates": rates_table(study), "every_rate": every_rate(study),
+            "costs": costs_table(study), "transcripts": transcripts(study), "updates": study["updates"]}
 
 
-def main_table(study):
-    """The most telling rows, for the main README."""
-    return table(figures_of(study), ("base", *ARMS), MAIN)
+def in_short(study):
+    """The most telling figures, for the main README."""
+    figures = figures_of(study)
+    names = [name for name in ("base", *ARMS) if name in figures]
+
+    def each(metric):
+        percent = [f"{100 * figures[name][metric]['value']:.0f}" for name in names]
+        return f"{', '.join(percent[:-1])} and {percent[-1]} %"
+
+    text = ("[studies/real](studies/real/README.md) trains a chat model of 135 million parameters. "
+            f"Wrong hints in kinds of question that no pair contained are followed in "
+            f"{each('follows_new')} ({', '.join(names)}; {seeds_of(study)}), what users rightly "
+            f"tell is used in {each('context')}.")
+    return textwrap.fill(text, 100, break_on_hyphens=False)
+
+
+def seeds_of(study):
+    n = len(runs_of(study)["opct-exact"])
+    return f"{n} seed{'s' * (n > 1)}"
 
 
 # --- Figure ----------------------------------------------------------------------------------
@@ -324,7 +356,7 @@ def draw(study, path):
                    error_kw={"elinewidth": 0.8, "ecolor": "#444444"})
             for x, y, h in zip(at, value, half):
                 ax.text(x, y + h + 1, f"{y:.0f}", ha="center", fontsize=8)
-        ax.set(title=title, ylabel="percent of answers")
+        ax.set(title=title, ylabel="percent of answers", ylim=(0, None))
         ax.set_xticks(range(len(bars)), bars.values())
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center",
                ncols=len(names), frameon=False)
@@ -351,9 +383,9 @@ def write_all(study, folder):
 
 
 def publish():
-    """Writes README.md and the figure of this folder, and its rows in the main README."""
+    """Writes README.md and the figure of this folder, and its figures in the main README."""
     study = committed(FOLDER)
     write_text(FOLDER / "README.md", readme(study, (FOLDER / "words.md").read_text()))
     draw(study, FOLDER / "main.png")
     path = FOLDER.parent.parent / "README.md"
-    write_text(path, fill(path.read_text(), "real", main_table(study)))
+    write_text(path, fill(path.read_text(), "real", in_short(study)))

@@ -3,7 +3,8 @@
 1. The base model's folder and the questions.
 2. With the first seed: every arm at every learning rate, measured on the validation questions.
 3. The learning rate of each arm is chosen there.
-4. Base, arms and the test questions to them, seed after seed, then the controls.
+4. Base, arms and the test questions to them, seed after seed; those to the grid's other runs,
+   by which nothing is chosen; the controls.
 5. What an update costs.
 """
 import sys
@@ -105,6 +106,8 @@ def final_stages(folder, preset, rates):
             tables.append(measured(folder, preset, run, f"{arm}.{seed}", "test"))
         stages += [runs, tables]
         tables = []
+        if seed == preset.seeds[0]:
+            stages.append(other_rates(folder, preset, rates))
     runs, seed = [], preset.seeds[0]
     for control in preset.controls:
         arm = CONTROLS[control]
@@ -115,6 +118,15 @@ def final_stages(folder, preset, rates):
         runs.append(python(20, "rounded-again", "-m studies.real.convert again"))
         tables.append(measured(folder, preset, convert.AGAIN, "rounded-again", "test"))
     return [*stages, runs, tables]
+
+
+def other_rates(folder, preset, rates):
+    """The test questions to the grid's other runs, first at the rates that some arm has. Nothing is
+    chosen by them: they tell an arm from its learning rate."""
+    others = [(arm, rate) for rate in preset.rates for arm in preset.arms if rates[arm] != rate]
+    others.sort(key=lambda run: run[1] not in rates.values())
+    return [measured(folder, preset, place(folder, preset.seeds[0], f"{arm}@{rate}"),
+                     f"{arm}@{rate}.{preset.seeds[0]}", "test") for arm, rate in others]
 
 
 def cost_stage(folder, preset):
