@@ -304,7 +304,8 @@ def blocks(study):
             "controls": beside(figures, ("base", "sft", *CONTROLLED), CONTROLLED),
             "again": beside(figures, ("base", "rounded-again"), ("rounded-again",)),
             "rates": rates_table(study), "every_rate": every_rate(study),
-            "costs": costs_table(study), "transcripts": transcripts(study), "updates": study["updates"]}
+            "costs": costs_table(study), "transcripts": transcripts(study),
+            "updates": study["updates"]}
 
 
 def in_short(study):
