@@ -60,7 +60,7 @@ PRESETS = {
     "smoke": Preset(world="--cities 12 --lands 4 --recipes 6 --things 12 --pairs 8 --tests 12",
                     base="--steps 20 --rows 8 --layers 2 --width 64",
                     runs="--steps 4 --batch 8 --samples 2",
-                    attacker="--steps 2 --group 4 --attempts 4", attempts=4, attackers=1,
+                    attacker="--steps 2 --group 4 --attempts 4", attempts=4, attackers=2,
                     rates=("1e-3",), seeds=(0,), more_seeds=(), grid_seeds=(0,), map_seeds=(0,),
                     own=(8, 4), map_points=((2, 8), (8, 4)), map_second=(2, 8),
                     map_rates=("3e-4",), map_tries=24, cost=SMALL),

@@ -326,7 +326,7 @@ def test_the_study_at_its_smallest(tmp_path):
     assert json.loads((folder / "results.json").read_text()) == results
 
     # An attack that was killed after its training is tried again, not trained again.
-    attacked = folder / "llama-0/opct/attacker-0/attack.json"
+    attacked = folder / "llama-0/opct/attacker-10/attack.json"
     before = attacked.read_text()
     attacked.unlink()
     command = next(line for line in done if "/opct --base" in line and "--seed 10" in line)
@@ -334,7 +334,7 @@ def test_the_study_at_its_smallest(tmp_path):
     assert "finished already" in once_more.stdout and attacked.read_text() == before
     attacked.unlink()                                       # fewer attackers look safer
     unequal = run(*study)
-    assert unequal.returncode == 2 and "opct: 2 attackers with [" in unequal.stderr
+    assert unequal.returncode == 2 and "opct: 1 attackers with [" in unequal.stderr
     assert unequal.stderr.count("\n") == 1
 
 
