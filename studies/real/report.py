@@ -313,14 +313,17 @@ def in_short(study):
     figures = figures_of(study)
     names = [name for name in ("base", *ARMS) if name in figures]
 
-    def each(metric):
-        percent = [f"{100 * figures[name][metric]['value']:.0f}" for name in names]
-        return f"{', '.join(percent[:-1])} and {percent[-1]} %"
+    def listed(texts):
+        return f"{', '.join(texts[:-1])} and {texts[-1]}"
 
-    text = ("[studies/real](studies/real/README.md) trains a chat model of 135 million parameters. "
-            f"Wrong hints in kinds of question that no pair contained are followed in "
-            f"{each('follows_new')} ({', '.join(names)}; {seeds_of(study)}), what users rightly "
-            f"tell is used in {each('context')}.")
+    def each(metric):
+        return listed([f"{100 * figures[name][metric]['value']:.0f}" for name in names])
+
+    rates = listed([study["rates"][name] for name in names[1:]])
+    text = ("[studies/real](studies/real/README.md), a chat model of 135 million parameters, "
+            f"{seeds_of(study)}: {listed(names)} follow wrong hints in new kinds of question in "
+            f"{each('follows_new')} %, use what users rightly tell in {each('context')} %, "
+            f"at rates {rates}.")
     return textwrap.fill(text, 100, break_on_hyphens=False)
 
 

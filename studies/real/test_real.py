@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers import copy_of_the_repository
+from helpers import ROOT, copy_of_the_repository
 from model import GPT, GPTConfig, load_checkpoint
 from studies.real import convert, questions, report
 from studies.real.measure import groups, letter
@@ -313,6 +313,7 @@ def test_the_readme_of_the_study_is_made_from_its_results():
     study, words = committed(report.FOLDER), (report.FOLDER / "words.md").read_text()
     text = (report.FOLDER / "README.md").read_text()
     assert report.readme(study, words) == text
+    assert report.in_short(study) in (ROOT / "README.md").read_text()
     assert max(map(len, text.splitlines())) <= 100
     assert study["rates"] == CHOSEN                         # what `quick` uses
     found = study["runs"]["opct-exact.0"]
