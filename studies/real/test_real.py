@@ -351,8 +351,10 @@ def test_the_study_at_its_smallest(tokens, tmp_path):
     folder = tmp_path / "out/study-real-smoke"
     done = (folder / "done").read_text()
     results = json.loads((folder / "results.json").read_text())
+    others = {f"{arm}@{rate}.0" for arm in PRESETS["smoke"].arms for rate in PRESETS["smoke"].rates
+              if results["rates"][arm] != rate}
     assert set(results["runs"]) == {"base", "sft.0", "opct-exact.0", "sft-clean.0",
-                                    "rounded-again"}
+                                    "rounded-again", *others}
     facts = questions.read_facts(questions.FACTS.read_text(encoding="utf-8"))
     every = PRESETS["smoke"].every
     asked = groups(questions.pairs(facts, "test")[::every], questions.plain(facts)[::every])
