@@ -218,7 +218,7 @@ def over_kinds(figures):
             counts = [sum(np.sign(value) == sign for value in each) for sign in (-1, 0, 1)]
             lines.append([TITLES[metric], name, text_of(metric, mean_over_seeds(each), "+"),
                           *map(str, counts)])
-    return markdown(lines) if len(lines) > 1 else "Not measured with this preset."
+    return markdown(lines) if len(lines) > 1 else "Not measured in this run."
 
 
 def rates_table(study):
@@ -241,10 +241,11 @@ def every_rate(study):
     """The first seed at every learning rate: what carries over, and what breaks."""
     records_of, lines = asked(study), [["", "rate", "follows, new", "right, new", "no hint, new",
                                         "told by the user", "drift"]]
-    runs = {name: found for name, found in study["runs"].items() if name.endswith(".0")}
+    runs = {name.removesuffix(".0"): found for name, found in study["runs"].items()
+            if name.endswith(".0")}
     for arm in ARMS:
-        of_arm = {name.partition(".")[0].partition("@")[2] or study["rates"][arm]: found
-                  for name, found in runs.items() if name.partition(".")[0].split("@")[0] == arm}
+        of_arm = {name.partition("@")[2] or study["rates"][arm]: found
+                  for name, found in runs.items() if name.partition("@")[0] == arm}
         for rate, found in sorted(of_arm.items(), key=lambda one: float(one[0])):
             shares = flags(found, records_of)
             bold = "**" if rate == study["rates"][arm] else ""
@@ -262,7 +263,7 @@ def costs_table(study):
         extra = re.search(r"--max-new-tokens \d+ ?(.*)", cost["flags"])[1] or "all weights"
         lines.append([extra, f"{cost['seconds']:.1f}", f"{cost['bytes'] / 1e9:.1f}",
                       str(cost["threads"])])
-    return markdown(lines) if len(lines) > 1 else "Not measured with this preset."
+    return markdown(lines) if len(lines) > 1 else "Not measured in this run."
 
 
 def transcripts(study):
@@ -280,7 +281,7 @@ def transcripts(study):
 def beside(figures, runs, others):
     """The table of some runs and the base, if any of the others was measured."""
     if not set(others) & set(figures):
-        return "Not measured with this preset."
+        return "Not measured in this run."
     return table(figures, runs, TITLES)
 
 
