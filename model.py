@@ -23,12 +23,14 @@ import torch.nn.functional as F
 
 from support.checkpoints import llama3_frequency, read_checkpoint, shapes, write_checkpoint
 from support.common import UserError
+from support.graph import DecodeGraph
 from support.lora import Linear
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM",
                  "qwen3": "Qwen3ForCausalLM"}
 
-PREFILL_ROWS = 64       # enough rows for the matrices, few enough for the processor's cache
+# Prompts at a time: enough rows for the matrices, few enough for the processor's cache.
+PREFILL_ROWS = {"cpu": 64, "cuda": 1024}
 # Check for finished rows every so many tokens: on a GPU a check waits for all queued work.
 CHECK_EVERY = {"cpu": 1, "cuda": 16}
 
@@ -61,12 +63,12 @@ class GPTConfig:
 
 
 class KVCache:
-    """Keys and values, preallocated: (2, B, K, S, D) a layer, of which `length` columns are filled.
-    A `prefix`, a cache of one row, is copied to the start of every row."""
+    """Keys and values: (2, B, K, S, D) a layer, of which `length` columns are filled and the rest
+    is zero: NaN would pass a mask. A `prefix` of one row is copied to the start of every row."""
 
     def __init__(self, config, batch, size, like, prefix=None):
         shape = (2, batch, config.num_key_value_heads, size, config.head_dim)
-        self.layers = [torch.empty(shape, dtype=like.dtype, device=like.device)
+        self.layers = [torch.zeros(shape, dtype=like.dtype, device=like.device)
                        for _ in range(config.num_hidden_layers)]
         self.length = prefix.length if prefix else 0
         for mine, others in zip(self.layers, prefix.layers if prefix else []):
@@ -84,7 +86,6 @@ class KVCache:
         """Copies columns `first`: of another cache's rows `source` to these rows, right-aligned."""
         start = self.length - other.length + first
         for mine, others in zip(self.layers, other.layers):
-            mine[:, rows, :, first:start] = 0   # masked, but a NaN in memory would pass the mask
             mine[:, rows, :, start:self.length] = others[:, source, :, first:]
 
     def keep(self, rows):
@@ -95,10 +96,8 @@ class KVCache:
 
 
 def rotate(x, cos, sin):
-    """Rotary positions: x (B, T, heads, D), cos and sin (B, T, 1, D). Pairs i with i + D/2.
-
-    The first half of `sin` is negative: (a, b) turns into (a cos - b sin, b cos + a sin).
-    """
+    """Rotary positions: x (B, T, heads, D), cos and sin (B, T, 1, D). Turns the pairs (i, i + D/2):
+    (a, b) into (a cos - b sin, b cos + a sin). The first half of `sin` is negative."""
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
@@ -241,8 +240,7 @@ class GPT(nn.Module):
             positions: (B, T); by default the place in the row, behind what is cached.
             mask: bool, broadcastable to (B, H, T, S): True where a token may look. None: causal.
             cache: a KVCache, to which the T tokens are added; None in training.
-        Returns:
-            logits (B, T, V). For few positions, put just those of `model.model` into `lm_head`.
+        Returns logits (B, T, V). For few positions, put those of `model.model` into `lm_head`.
         Raises ValueError: without explicit positions, more tokens than the context holds.
         """
         return self.lm_head(self.model(idx, positions, mask, cache))
@@ -275,6 +273,7 @@ class Batch:
     ended: torch.Tensor                     # (B,) bool: the end token has been sampled
     cache: KVCache
     token: torch.Tensor | None = None       # (B,) the last one sampled
+    graph: DecodeGraph | None = None        # on a GPU: the step for these rows
 
 
 def prefill_rows(model, prefix, rests):
@@ -308,6 +307,7 @@ def prefill(model, prompts, noise):
     """
     B, P, limit = len(prompts), max(map(len, prompts)), noise.shape[1]
     device, context = model.device, model.config.max_position_embeddings
+    size = PREFILL_ROWS[device.type]
     if P + limit > context:
         raise ValueError(f"a prompt of {P} tokens and {limit} new ones do not fit into the "
                          f"context of {context}: shorten the prompt, or ask for fewer new tokens")
@@ -318,8 +318,8 @@ def prefill(model, prompts, noise):
     cache = KVCache(model.config, B, P + limit, like, prefix)
     cache.length = P
     order = sorted(range(B), key=lambda i: (len(prompts[i]), prompts[i]))
-    for at in range(0, B, PREFILL_ROWS):
-        some = order[at:at + PREFILL_ROWS]
+    for at in range(0, B, size):
+        some = order[at:at + size]
         part, after, source = prefill_rows(model, prefix, [tuple(prompts[i][first:]) for i in some])
         cache.fill(slice(at, at + len(some)), part, source, first)
         logits.append(after[source])
@@ -333,11 +333,13 @@ def prefill(model, prompts, noise):
 
 def decode(model, batch):
     """Adds the last token of each row to the cache. Returns the logits (B, V) of the next one."""
+    if batch.token.is_cuda:             # to start the kernels one by one takes longer than they do
+        batch.graph = batch.graph or DecodeGraph(model, batch)
+        return batch.graph(batch)
     column = batch.cache.length
     positions = (column - batch.padding)[:, None]
     mask = batch.visible[:, None, None, :column + 1]
-    hidden = model.model(batch.token[:, None], positions, mask, batch.cache)
-    return model.lm_head(hidden[:, -1])
+    return model(batch.token[:, None], positions, mask, batch.cache)[:, -1]
 
 
 def drop_ended(batch):
@@ -345,6 +347,7 @@ def drop_ended(batch):
     going = (~batch.ended).nonzero().squeeze(1)
     if len(going) <= len(batch.rows) - len(batch.rows) / 8:
         batch.cache.keep(going)
+        batch.graph = None
         for name in ("rows", "noise", "padding", "visible", "ended", "token"):
             setattr(batch, name, getattr(batch, name)[going])
 
@@ -362,14 +365,13 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None, no
         temperature: 1 samples what the model says, as training needs; 0 takes the likeliest.
         generator: a torch.Generator on the CPU; the same state gives the same responses.
         noise: (B, max_new_tokens) uniform in [0, 1), instead of draws from the generator.
-    Returns:
-        response (B, T) token ids and mask (B, T) bool, T <= max_new_tokens: True on the response,
-        its end token included. A response cut at the limit is kept, without an end token.
+    Returns response (B, T) token ids and mask (B, T) bool, T <= max_new_tokens: True on the
+    response, its end token included. A response cut at the limit is kept, without an end token.
     Raises ValueError: the longest prompt and the new tokens do not fit into the context.
     """
     if noise is None:
         noise = torch.rand(len(prompts), max_new_tokens, generator=generator)
-    config, every = model.config, CHECK_EVERY.get(model.device.type, 1)
+    config, every = model.config, CHECK_EVERY[model.device.type]
     ends = torch.tensor(config.ends or (-1,), device=model.device)      # -1: nothing ends it
     response = ends[0].repeat(len(prompts), max_new_tokens)
     with torch.inference_mode():        # as no_grad, but a single row takes a sixth less time
@@ -404,9 +406,7 @@ def save_checkpoint(model, folder):
 
 def load_checkpoint(folder, device="cpu", dtype="float32"):
     """A checkpoint as a GPT in eval mode. Memory holds one copy of the weights, in `dtype`.
-
-    Raises UserError: the folder is missing, damaged or of a kind that is not computed here.
-    """
+    Raises UserError: the folder is missing, damaged or of a kind that is not computed here."""
     stored, weights, origin = read_checkpoint(folder, ARCHITECTURES, device, dtype)
     config = GPTConfig(**{f.name: stored[f.name] for f in fields(GPTConfig) if f.name in stored})
     with torch.device("meta"):                              # shapes alone, no memory

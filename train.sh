@@ -50,7 +50,7 @@ case $preset in
     full)  # a larger world and model, for one GPU; its times are not measured yet
         world="--cities 240 --lands 32 --recipes 120 --things 120 --largest 99 --steps 4 \
 --pairs 240 --tests 480"
-        base="--steps 6000 --rows 128 --layers 8 --width 256 --lr 5e-3"
+        base="--steps 2000 --rows 128 --layers 8 --width 256 --lr 5e-3"
         runs="--steps 100 --batch 64 --samples 4"; minutes=("?" "?" "?") ;;
 esac
 out=out/$preset

@@ -20,8 +20,9 @@ from support.runs import lock
 
 
 def places():
-    """How many commands run at once: one for each CPU core, or four that share the GPU."""
-    return 4 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
+    """How many commands run at once: one for each CPU core, up to eight that share a GPU."""
+    cores = len(os.sched_getaffinity(0))
+    return min(8, cores) if torch.cuda.is_available() else cores
 
 
 def finished(folder):

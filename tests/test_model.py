@@ -1,15 +1,17 @@
 """The model, its cache, the sampler and the checkpoints."""
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from helpers import logp_of, tiny_gpt
-from model import (ARCHITECTURES, CHECK_EVERY, generate, load_checkpoint, rotate, sample,
-                   save_checkpoint)
+from model import (ARCHITECTURES, CHECK_EVERY, PREFILL_ROWS, generate, load_checkpoint, rotate,
+                   sample, save_checkpoint)
 from opct import pick
 from support.common import UserError, pick_device
+from support.graph import DecodeGraph
 from support.packing import pack, pack_documents
 
 FAMILIES = list(ARCHITECTURES)
@@ -102,7 +104,7 @@ def test_equal_prompts_are_prefilled_once_and_answered_as_if_they_were_not(monke
     distinct = list(dict.fromkeys(map(tuple, prompts_of_many_lengths(30, 11))))[:21]
     prompts = [list(p) for p in distinct[:20] * 4 + distinct[20:]]
     rng.shuffle(prompts)
-    monkeypatch.setattr("model.PREFILL_ROWS", 1000)
+    monkeypatch.setitem(PREFILL_ROWS, "cpu", 1000)
     rows, forward = [], model.model.forward
     noise = torch.rand(len(prompts), 10, generator=seeded(1))
 
@@ -116,7 +118,7 @@ def test_equal_prompts_are_prefilled_once_and_answered_as_if_they_were_not(monke
     for i, prompt in enumerate(prompts):
         assert as_lists(*generate(model, [prompt], 10, noise=noise[i:i + 1])) == [together[i]]
     # Parts that cut through a group of equal prompts.
-    monkeypatch.setattr("model.PREFILL_ROWS", 7)
+    monkeypatch.setitem(PREFILL_ROWS, "cpu", 7)
     assert as_lists(*generate(model, prompts, 10, noise=noise)) == together
 
 
@@ -134,7 +136,7 @@ def test_what_all_prompts_begin_with_is_computed_once(family, monkeypatch):
         return forward(idx, *rest, **named)
 
     monkeypatch.setattr(model.model, "forward", seen)
-    monkeypatch.setattr("model.PREFILL_ROWS", 8)
+    monkeypatch.setitem(PREFILL_ROWS, "cpu", 8)
     assert as_lists(*generate(model, prompts, 15, generator=seeded(5))) == naive
     longest = max(map(len, prompts)) - 5
     assert shapes[0] == (1, 5) and all(width <= longest for _, width in shapes[1:])
@@ -150,16 +152,27 @@ def test_looking_seldom_at_who_has_ended_changes_no_response(monkeypatch):
         assert as_lists(*generate(model, prompts, 40, **args)) == expected
 
 
-def test_what_lies_in_unwritten_memory_does_not_matter(monkeypatch):
-    """The cache is not cleared when it is made: NaN there must not come through a mask of zeros."""
-    model, prompts = tiny_gpt(vocab=11), prompts_of_many_lengths(40, 11)
-    args = dict(noise=torch.rand(40, 10, generator=seeded(2)))
-    expected = as_lists(*generate(model, prompts, 10, **args))
-    # Many widths, so that columns stay in front of the shorter ones.
-    monkeypatch.setattr("model.PREFILL_ROWS", 5)
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
-    assert as_lists(*generate(model, prompts, 10, **args)) == expected
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("every", [1, 4])
+def test_the_step_of_a_gpu_samples_the_same(family, every, monkeypatch):
+    """The recorded step writes one column and reads all. Here it is called instead of replayed."""
+    model, prompts = tiny_gpt(vocab=11, family=family), prompts_of_many_lengths(60, 11)
+    expected = as_lists(*generate(model, prompts, 30, generator=seeded(5)))
+    recorded = []
+
+    def record(step):
+        recorded.append(step)
+        return SimpleNamespace(replay=step)
+
+    def decode(model, batch):
+        batch.graph = batch.graph or DecodeGraph(model, batch)
+        return batch.graph(batch)
+
+    monkeypatch.setattr("support.graph.record", record)
+    monkeypatch.setattr("model.decode", decode)
+    monkeypatch.setitem(CHECK_EVERY, "cpu", every)
+    assert as_lists(*generate(model, prompts, 30, generator=seeded(5))) == expected
+    assert 2 < len(recorded) < 15                           # anew where rows were dropped
 
 
 def test_without_an_end_token_every_response_has_all_tokens():
@@ -409,8 +422,20 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
 
 
 @pytest.mark.cuda
-def test_cuda_agrees_with_the_cpu():
-    model, prompts = tiny_gpt(vocab=11), prompts_of_many_lengths(40, 11)
-    on_cpu = as_lists(*generate(model, prompts, 20, generator=seeded(7)))
-    on_gpu = as_lists(*generate(model.cuda(), prompts, 20, generator=seeded(7)))
-    assert on_cpu == on_gpu
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cuda_agrees_with_the_cpu(family):
+    model, prompts = tiny_gpt(vocab=11, family=family), prompts_of_many_lengths(100, 11)
+    naive = naive_generate(model, prompts, 40, 1.0, seeded(7))
+    for _ in range(3):
+        assert as_lists(*generate(model.cuda(), prompts, 40, generator=seeded(7))) == naive
+
+
+@pytest.mark.cuda
+def test_recorded_steps_do_not_pile_up_in_memory():
+    model, prompts = tiny_gpt(vocab=20000).cuda(), prompts_of_many_lengths(64, 11)
+    used = []
+    for _ in range(12):
+        generate(model, prompts, 40, generator=seeded(7))
+        torch.cuda.synchronize()
+        used.append(torch.cuda.memory_reserved())
+    assert used[-1] == used[3]

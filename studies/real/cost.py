@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 from studies.real import convert
-from support.common import UserError, guarded, write_json
+from support.common import UserError, about, guarded, pick_device, write_json
 from support.runs import read_log
 
 STEPS = 4                               # the first one is left out: it warms up
@@ -29,7 +29,8 @@ def main():
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     each = [line["seconds"] for line in read_log(out)][1:]
     write_json(f"{out}.json", {"flags": " ".join(flags[2:]), "seconds": statistics.median(each),
-                               "bytes": peak, "threads": len(os.sched_getaffinity(0))})
+                               "bytes": peak, "threads": len(os.sched_getaffinity(0)),
+                               "about": about(pick_device("cpu"))})
     shutil.rmtree(out)
 
 

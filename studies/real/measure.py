@@ -13,7 +13,7 @@ from pathlib import Path
 
 from eval import respond, samples_of
 from model import load_checkpoint
-from support.common import (Parser, add_number, guarded, number_of, pick_device, show,
+from support.common import (Parser, about, add_number, guarded, number_of, pick_device, show,
                             write_json)
 from support.pairs import contains, read_jsonl
 from support.statistics import ratio
@@ -98,7 +98,7 @@ def main():
         plain = read_jsonl(folder / "plain.jsonl")[::args.every]
     model, base = load_checkpoint(args.run, device), load_checkpoint(args.base, device)
     found = measure(model, base, load_tokenizer(args.base), test, plain)
-    write_json(args.out, {**found, "seconds": time.time() - began})
+    write_json(args.out, {**found, "seconds": time.time() - began, "about": about(device)})
     show(f"{args.run}: {len(test)} prompts in {time.time() - began:.0f} s")
 
 

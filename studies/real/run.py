@@ -13,7 +13,7 @@ from pathlib import Path
 
 from studies import pool
 from studies.real import convert, questions
-from support.common import UserError, about, pick_device, read_json, show
+from support.common import UserError, read_json, show
 from support.pairs import read_jsonl
 
 # Name of an arm: the command of opct.py and its --loss.
@@ -36,7 +36,8 @@ class Preset:
     costs: tuple = ()                   # what an update of opct-exact costs, with these flags
 
 
-UPDATES = "--steps 24 --batch 8 --samples 2 --max-new-tokens 16"
+# No state is saved on the way: a run is short, and the state of this model takes 1.6 GB.
+UPDATES = "--steps 24 --batch 8 --samples 2 --max-new-tokens 16 --save-every 24"
 CHOSEN = {"sft": "1e-5", "sft-exact": "1e-5", "opct": "1e-5", "opct-exact": "1e-4"}
 COSTS = ("", "--micro-batch 4", "--lora 16")
 PRESETS = {
@@ -47,7 +48,7 @@ PRESETS = {
     # One seed, two arms, half of the questions, at the rates that `full` chose.
     "quick": Preset(UPDATES, seeds=(0,), arms=("sft", "opct-exact"), every=2),
     # The study of the README.
-    "full": Preset(UPDATES, seeds=(0, 1, 2), rates=("1e-5", "3e-5", "1e-4"),
+    "full": Preset(UPDATES, seeds=(0, 1, 2, 3, 4), rates=("1e-5", "3e-5", "1e-4"),
                    controls=tuple(CONTROLS), again=True, costs=COSTS)}
 
 
@@ -94,21 +95,29 @@ def grid_stages(folder, preset):
 
 
 def final_stages(folder, preset, rates):
-    """Seed after seed, the arms and the test questions to all; then the controls."""
+    """The runs of a seed stand beside the test questions to those before: the first seed, the
+    controls, seed after seed."""
     stages, tables = [], [measured(folder, preset, convert.FOLDER, "base", "test")]
     for seed in preset.seeds:
-        runs = []
+        runs, first = [], seed == preset.seeds[0]
         for arm in preset.arms:
-            command = train(folder, preset, arm, rates[arm], seed)
-            if seed != preset.seeds[0] or not preset.rates:     # else the grid has run it
-                runs.append(command)
-            run = place(folder, seed, f"{arm}@{rates[arm]}")
-            tables.append(measured(folder, preset, run, f"{arm}.{seed}", "test"))
-        stages += [runs, tables]
-        tables = []
-        if seed == preset.seeds[0]:
-            stages.append(other_rates(folder, preset, rates))
-    runs, seed = [], preset.seeds[0]
+            if not (first and preset.rates):                    # else the grid has run it
+                runs.append(train(folder, preset, arm, rates[arm], seed))
+        if runs:
+            stages.append(tables + runs)
+            tables = []
+        tables += [measured(folder, preset, place(folder, seed, f"{arm}@{rates[arm]}"),
+                            f"{arm}.{seed}", "test") for arm in preset.arms]
+        if first:
+            runs, of_controls = control_commands(folder, preset, rates)
+            stages.append(tables + other_rates(folder, preset, rates) + runs)
+            tables = of_controls
+    return [*stages, tables]
+
+
+def control_commands(folder, preset, rates):
+    """The runs of the controls, with the first seed, and the test questions to them."""
+    runs, tables, seed = [], [], preset.seeds[0]
     for control in preset.controls:
         arm = CONTROLS[control]
         runs.append(train(folder, preset, arm, rates[arm], seed, control))
@@ -117,7 +126,7 @@ def final_stages(folder, preset, rates):
     if preset.again:
         runs.append(python(20, "rounded-again", "-m studies.real.convert again"))
         tables.append(measured(folder, preset, convert.AGAIN, "rounded-again", "test"))
-    return [*stages, runs, tables]
+    return runs, tables
 
 
 def other_rates(folder, preset, rates):
@@ -216,11 +225,17 @@ def transcripts(found, records):
     return out
 
 
+def joined(origins):
+    """Where measurements come from: key -> all its values, such as two dates."""
+    return {key: ", ".join(dict.fromkeys(one[key] for one in origins)) for key in origins[0]}
+
+
 def collect(folder):
     """Everything that a study has measured."""
     preset, name = preset_of(folder), Path(folder).name.removeprefix("study-real-")
     found, records = collect_split(folder, "test")
-    study = {"about": {**about(pick_device()), "command": f"bash train.sh study real {name}"},
+    origins = [one.pop("about") for one in found.values()]
+    study = {"about": {**joined(origins), "command": f"bash train.sh study real {name}"},
              "updates": preset.updates, "every": preset.every,
              "transcripts": transcripts(found, records)}
     if preset.rates:

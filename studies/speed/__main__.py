@@ -2,7 +2,8 @@
 The study: how fast are the sampler and the updates, and what is left to gain?
 
     python -m studies.speed [smoke|quick|full]    runs it in out/study-speed-PRESET/, or goes on
-    python -m studies.speed report                writes README.md again, from results.json
+    python -m studies.speed report                writes each README.md again, from results.json:
+                                                  the one of a CPU, and gpu/README.md
     python -m studies.speed report FOLDER         first takes the results of FOLDER over
 """
 from studies.speed import report, run
@@ -19,8 +20,7 @@ def main():
                         help="where the results go; report: the study to take over")
     args = parser.parse_args()
     if args.preset == "report":
-        study = report.read(args.folder or report.FOLDER)
-        report.write_all(study, report.FOLDER)
+        report.publish(report.read(args.folder) if args.folder else None)
         return
     check_preset(args.preset, run.PRESETS)
     folder = args.folder or f"out/study-speed-{args.preset}"

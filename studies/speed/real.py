@@ -74,8 +74,8 @@ def sampler_rows(base, preset, device, rates):
 
 
 def alone(base, case, who):
-    """Memory of two updates in a process of its own: of the libraries and at the peak, in bytes.
-    None where it does not run."""
+    """Memory of two updates in a process of its own: of the libraries and at the peak, in bytes; on
+    a GPU what its tensors take. None where it does not run."""
     command = [sys.executable, "-m", "studies.speed.real", base, who, *astuple(case)]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None

@@ -110,7 +110,9 @@ def pretraining_table(study):
 def responses(study):
     """Where the responses of the update come from."""
     if study["training"]["base"]:
-        return "The model is the base that `bash train.sh quick` makes, so its responses are real."
+        preset = study["about"]["preset"]
+        return (f"The model is the base that `bash train.sh {preset}` makes, so its responses are "
+                "real.")
     limit = study["training"]["limit"]
     return f"No base was there: an untrained model writes {limit} tokens for each response."
 
@@ -277,6 +279,17 @@ def readme(study, words):
 def read(folder):
     return read_json(Path(folder) / "results.json",
                      "no finished study there: run `bash train.sh study speed`")
+
+
+def publish(study=None):
+    """The pages of this folder again: with a study, that of its machine from its results."""
+    if study is not None:
+        gpu = study["about"]["preset"] == "full"
+        write_all(study, FOLDER / "gpu" if gpu else FOLDER)
+    else:
+        for folder in (FOLDER, FOLDER / "gpu"):
+            if (folder / "results.json").exists():
+                write_all(read(folder), folder)
 
 
 def write_all(study, folder):

@@ -9,8 +9,6 @@ from studies.speed import real, sampler, training
 from studies.speed.real import Case
 from support.common import about, pick_device, write_text
 
-BASE = Path("out/quick/base")           # a real model for the updates, where train.sh has made it
-
 
 def shape(layers, width):
     """The fields of GPTConfig that `opct.py pretrain --layers --width` sets."""
@@ -23,6 +21,7 @@ def shape(layers, width):
 class Preset:
     """Sizes of the measurements; the defaults are those of quick, like its model."""
     shape: dict = field(default_factory=lambda: shape(4, 128))
+    base: str = "out/quick/base"                # for the updates, where train.sh has made it
     batches: tuple = (1, 64, 512, 4096)         # of the sampler, beside the others
     new: int = 32                               # tokens that a row writes there
     growth: tuple = ((512, 32), (1024, 32), (2048, 32), (4096, 32), (512, 64), (512, 128),
@@ -51,10 +50,11 @@ PRESETS = {
                     real_cases=(Case(2, 2, 12, 4), Case(2, 2, 12, 4, lora=2)),
                     real_growth=(Case(1, 2, 12, 4), Case(1, 2, 12, 8))),
     "quick": Preset(),
-    # The model of train.sh's preset full; its updates are still those of the base of quick.
-    "full": Preset(shape(8, 256), batches=(1, 64, 512, 4096, 16384), rows=128,
+    # The model of train.sh's preset full, for a GPU.
+    "full": Preset(shape(8, 256), base="out/full/base", rows=128, naive_up_to=64, rounds=3,
                    growth=((1024, 32), (4096, 32), (8192, 32), (16384, 32), (1024, 64),
-                           (1024, 128), (1024, 192)))}
+                           (1024, 128), (1024, 192)), compiles=False, trl_updates=10,
+                   real_batches=(1, 16, 64, 512))}
 
 
 def part(name, measure, origin, folder):
@@ -71,12 +71,12 @@ def part(name, measure, origin, folder):
     return found
 
 
-def run(name, folder, base=BASE):
+def run(name, folder):
     """Measures everything. Returns the study, as it stands in results.json."""
     preset, device = PRESETS[name], pick_device()
     origin = {"preset": name, "threads": torch.get_num_threads(), **about(device)}
     origin["command"] = f"bash train.sh study speed {name}"
-    base = base if base.is_dir() else None
+    base = Path(preset.base) if Path(preset.base).is_dir() else None
     same = {key: origin[key] for key in ("preset", "threads", "commit", "machine", "torch")}
     print(f"== the study speed: {name} on {device}, {origin['threads']} threads, in {folder}/")
     found = {"about": origin}

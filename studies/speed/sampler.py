@@ -203,7 +203,8 @@ def measure(preset, device):
     for batch in preset.batches:
         print(f"sampler: batch {batch}", flush=True)
         small = batch <= preset.naive_up_to
-        rounds = preset.rounds if small else 1              # a large batch is an average
+        # On a CPU a large batch is an average already.
+        rounds = preset.rounds if small or device.type == "cuda" else 1
         compared.append(comparison_row(model, theirs, random_prompts(batch), preset.new, rounds,
                                        rates, small))
     for batch, new in preset.growth:

@@ -2,7 +2,7 @@
 Where the time of an update goes, and how near pretraining comes to the machine's matrix rate.
 
 One opct-exact and one sft-exact update are split into their parts, each the best of some rounds.
-With the checkpoint of the preset quick the responses are real ones. Without it a model that knows
+With a checkpoint of train.sh the responses are real ones. Without it a model that knows
 nothing writes responses of a fixed length.
 
 Given that checkpoint, and where `trl` is installed, whole opct-exact updates also run in
@@ -27,7 +27,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-from data import World, world_tokenizer
+from data import World, load_world, world_tokenizer
 from model import GPT, GPTConfig, generate, load_checkpoint
 from opct import (ConsistencyConfig, Pairs, PretrainConfig, forward_kl, opct_step, pretrain,
                   reverse_kl, score, student_and_teacher)
@@ -282,14 +282,14 @@ def models(base, tokenizer, preset, device):
     else:
         student, limit = load_checkpoint(base, device), preset.longest
     if student.config.vocab_size != tokenizer.n_vocab:
-        raise UserError(f"{base} is not of the default world, which this study wants: run "
-                        "`bash train.sh quick`, or move that folder away")
+        raise UserError(f"{base} does not belong to the world beside it: run `bash train.sh` "
+                        "again, or move that folder away")
     return student, copy.deepcopy(student).eval(), limit
 
 
 def measure(preset, device, base):
-    """Everything on training, as numbers. `base`: a checkpoint's folder, or None."""
-    world = World()
+    """Everything on training, as numbers. base: a checkpoint, its world beside it, or None."""
+    world = load_world(base.parent / "world") if base else World()
     tokenizer = world_tokenizer(world)
     student, teacher, limit = models(base, tokenizer, preset, device)
     rates, updates = machine_rates(device), []
