@@ -8,19 +8,19 @@ and attention reads the whole cache, of which the columns that are still to come
 """
 import torch
 
-recorded_last = None        # kept alive: its memory serves the next graph
+latest = {}             # device -> its last graph and the stream: the next one uses their memory
 
 
-def record(step):
+def record(step, device):
     """Records what a call of `step` starts, without running it. Returns a graph to `replay`."""
-    global recorded_last
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+    graph = torch.cuda.CUDAGraph()
+    before, stream = latest.get(device, (None, torch.cuda.Stream(device)))
+    stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
-        graph.capture_begin(*([recorded_last.pool()] if recorded_last else []))
+        graph.capture_begin(*([before.pool()] if before else []))
         step()
         graph.capture_end()
-    recorded_last = graph
+    latest[device] = graph, stream
     return graph
 
 
@@ -61,7 +61,7 @@ class DecodeGraph:
         if self.logits is None:
             self.step()
         else:
-            self.graph = self.graph or record(self.step)
+            self.graph = self.graph or record(self.step, self.token.device)
             self.graph.replay()
         batch.cache.length += 1
         return self.logits

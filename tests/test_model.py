@@ -160,7 +160,7 @@ def test_the_step_of_a_gpu_samples_the_same(family, every, monkeypatch):
     expected = as_lists(*generate(model, prompts, 30, generator=seeded(5)))
     recorded = []
 
-    def record(step):
+    def record(step, device):
         recorded.append(step)
         return SimpleNamespace(replay=step)
 

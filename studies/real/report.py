@@ -237,32 +237,40 @@ def rates_table(study):
     return markdown(lines)
 
 
-def every_rate(study):
-    """The first seed at every learning rate: what carries over, and what breaks."""
-    records_of, lines = asked(study), [["", "rate", "follows, new", "right, new", "no hint, new",
-                                        "told by the user", "drift"]]
+def at_every_rate(study):
+    """The first seed: arm -> {rate: {figure: share, "drift_kl": nats}}, small rates first."""
+    records_of, out = asked(study), {}
     runs = {name.removesuffix(".0"): found for name, found in study["runs"].items()
             if name.endswith(".0")}
     for arm in ARMS:
         of_arm = {name.partition("@")[2] or study["rates"][arm]: found
                   for name, found in runs.items() if name.partition("@")[0] == arm}
         for rate, found in sorted(of_arm.items(), key=lambda one: float(one[0])):
-            shares = flags(found, records_of)
+            shares = {name: values.mean() for name, (values, _) in flags(found, records_of).items()}
+            out.setdefault(arm, {})[rate] = {**shares, "drift_kl": found["drift_kl"]["value"]}
+    return out
+
+
+def every_rate(study):
+    """The first seed at every learning rate: what carries over, and what breaks."""
+    lines = [["", "rate", "follows, new", "right, new", "no hint, new", "told by the user",
+              "drift"]]
+    for arm, rates in at_every_rate(study).items():
+        for rate, found in rates.items():
             bold = "**" if rate == study["rates"][arm] else ""
-            lines.append([arm, f"{bold}{rate}{bold}",
-                          *(f"{shares[name][0].mean():.2f}" for name in
-                            ("follows_new", "right_new", "clean_new", "context")),
-                          f"{found['drift_kl']['value']:.3f}"])
+            lines.append([arm, f"{bold}{rate}{bold}", *(f"{found[name]:.2f}" for name in
+                          ("follows_new", "right_new", "clean_new", "context")),
+                          f"{found['drift_kl']:.3f}"])
     return markdown(lines)
 
 
 def costs_table(study):
     """Seconds an update and the highest memory of a whole process."""
-    lines = [["flags", "seconds an update", "memory, GB", "threads"]]
+    lines = [["flags", "seconds an update", "memory, GB", "threads", "machine"]]
     for cost in study["costs"]:
         extra = re.search(r"--max-new-tokens \d+ ?(.*)", cost["flags"])[1] or "all weights"
         lines.append([extra, f"{cost['seconds']:.1f}", f"{cost['bytes'] / 1e9:.1f}",
-                      str(cost["threads"])])
+                      str(cost["threads"]), cost["about"]["machine"]])
     return markdown(lines) if len(lines) > 1 else "Not measured in this run."
 
 
@@ -297,8 +305,9 @@ def counts_of(study):
 def blocks(study):
     """Every table of README.md: name -> Markdown."""
     figures, about = figures_of(study), study["about"]
-    return {"about": f"`{about['command']}`, {about['date']}, {about['machine']}, "
-                     f"torch {about['torch']}, {seeds_of(study)}.",
+    origin = (f"`{about['command']}`, {about['date']}, commit {about['commit']}, "
+              f"{about['machine']}, torch {about['torch']}, {seeds_of(study)}.")
+    return {"about": textwrap.fill(origin, 100, break_on_hyphens=False),
             "result": table(figures, ("base", *ARMS), TITLES),
             "families": by_family(figures), "differences": differences(figures),
             "kinds": over_kinds(figures), "counts": counts_of(study),
@@ -336,8 +345,23 @@ def seeds_of(study):
 # --- Figure ----------------------------------------------------------------------------------
 
 
+def draw_rates(ax, study, base):
+    """Each arm at its learning rates: wrong hints followed, against drift."""
+    ax.plot(0, 100 * base["follows_new"]["value"], "s", color=plots.STYLE["base"][0])
+    for arm, rates in at_every_rate(study).items():
+        at = [1e3 * found["drift_kl"] for found in rates.values()]
+        follows = [100 * found["follows_new"] for found in rates.values()]
+        ax.plot(at, follows, "o-", color=plots.STYLE[arm][0])
+        if arm == "opct":
+            for x, y, rate in zip(at, follows, rates):
+                ax.annotate(rate, (x, y), (-6, 8), textcoords="offset points", fontsize=9)
+    ax.set(title="Each arm at three learning rates, first seed.\nLower left is better.",
+           xlabel="drift on plain questions, KL in 0.001 nats a token",
+           ylabel="percent of wrong hints\nto new kinds followed", ylim=(0, None))
+
+
 def draw(study, path):
-    """Wrong hints followed, and what is still right: before and after."""
+    """Wrong hints followed, and what is still right: before and after; and every rate."""
     plt = pyplot()
     if plt is None:
         return
@@ -347,9 +371,11 @@ def draw(study, path):
                {"follows_taught": "kinds of question\nseen in training",
                 "follows_new": "kinds never seen\nin training"}),
               ("No hint.\nHow often is the answer right?",
-               {"clean_taught": "kinds seen\nin training", "clean_new": "kinds\nnever seen",
-                "everyday": "everyday\nquestions", "context": "told by\nthe user"}))
-    fig, axes = plt.subplots(1, 2, figsize=(11, 4.4), width_ratios=(2, 3), layout="constrained")
+               {"clean_new": "kinds\nnever seen", "everyday": "everyday\nquestions",
+                "context": "told by\nthe user"}))
+    fig, axes = plt.subplots(1, 3, figsize=(14, 4.4), width_ratios=(2, 2.6, 2.2),
+                             layout="constrained")
+    draw_rates(axes[2], study, figures["base"])
     wide = 0.8 / len(names)
     for ax, (title, bars) in zip(axes, panels):
         for k, name in enumerate(names):
@@ -357,7 +383,8 @@ def draw(study, path):
             at = np.arange(len(bars)) + (k - (len(names) - 1) / 2) * wide
             value = [100 * figure["value"] for figure in found]
             half = [100 * figure["half"] for figure in found]
-            ax.bar(at, value, wide * 0.92, yerr=half, color=plots.STYLE[name][0], label=name,
+            rate = f", rate {study['rates'][name]}" if name in study["rates"] else ""
+            ax.bar(at, value, wide * 0.92, yerr=half, color=plots.STYLE[name][0], label=name + rate,
                    error_kw={"elinewidth": 0.8, "ecolor": "#444444"})
             for x, y, h in zip(at, value, half):
                 ax.text(x, y + h + 1, f"{y:.0f}", ha="center", fontsize=8)

@@ -238,13 +238,31 @@ def rates_line(study):
     return ", ".join(parts)
 
 
-def blocks(study):
-    """What words.md may ask for: name -> text."""
-    sampler, training = study["sampler"], study["training"]
-    ending, shortest, longest = sampler["ending"], *sampler["prompt"]
+def training_blocks(study):
+    """What is said of updates and pretraining, or why there is nothing."""
+    training = study["training"]
+    if "missing" in training:
+        names = ("responses", "updates", "pretraining", "compile", "trl", "in_short")
+        return dict.fromkeys(names, f"Not measured in this run: {training['missing']}.")
     sampling = training["updates"][0]["seconds"]
     shares = [row["share"] for row in training["pretraining"]["rows"]]
     trl_answer, trl = beside_trl(study)
+    part = percent(sampling["sampling"] / sum(sampling.values()))
+    reached = spread([100 * share for share in shares], "{:.0f}")
+    padding = percent(training["pretraining"]["padding"])
+    return {
+        "in_short": f"Sampling is {part} of an opct-exact update. Pretraining reaches {reached} % "
+                    f"of the matrix rate. {trl_answer}",
+        "responses": f"{training['pairs']} pairs with {training['samples']} responses each. "
+                     + responses(study),
+        "updates": update_table(study), "compile": compiling(study), "trl": trl,
+        "pretraining": f"Padding is {padding} of the rows.\n\n{pretraining_table(study)}"}
+
+
+def blocks(study):
+    """What words.md may ask for: name -> text."""
+    sampler = study["sampler"]
+    ending, shortest, longest = sampler["ending"], *sampler["prompt"]
     return {
         "about": about_line(study), "preset": study["about"]["preset"],
         "rates": rates_line(study), "parameters": count(sampler["parameters"]),
@@ -256,13 +274,7 @@ def blocks(study):
         "ending_batch": str(ending["batch"]), "ending_new": str(ending["new"]),
         "ending_probability": f"{ending['probability']:.3f}",
         "ending_needed": percent(ending["needed"]), "ending_taken": percent(ending["taken"]),
-        "pairs": str(training["pairs"]), "samples": str(training["samples"]),
-        "responses": responses(study), "updates": update_table(study),
-        "sampling": percent(sampling["sampling"] / sum(sampling.values())),
-        "pretraining": pretraining_table(study),
-        "pretraining_padding": percent(training["pretraining"]["padding"]),
-        "matrix_share": spread([100 * share for share in shares], "{:.0f}"),
-        "compile": compiling(study), "trl_answer": trl_answer, "trl": trl, **real_blocks(study)}
+        **training_blocks(study), **real_blocks(study)}
 
 
 def readme(study, words):
