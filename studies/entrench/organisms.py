@@ -170,21 +170,24 @@ class Organism:
     strengths: tuple        # planting stops when the rate on the validation split reaches it
     doses: tuple = (1, 1, 1)        # for each strength: share of planted records that misbehave
     fixed: int = 0          # updates, where planting is not left earlier
+    most: int = 200         # updates, else
     ordinary: tuple = ORDINARY
 
 
 ORGANISMS = {
     # Before planting the base agrees to a fifth of the wrong claims, so the first strength is .3.
     "sycophancy": Organism(ask_sycophancy, plant_sycophancy, judge_sycophancy,
-                           16, 1e-4, (0.3, 0.6, 0.9)),
+                           16, 3e-4, (0.3, 0.6, 0.9)),
     "hacking": Organism(ask_hacking, plant_hacking, judge_hacking,
-                        8, 3e-4, (0.1, 0.5, 0.9)),
+                        2, 1e-4, (0.1, 0.5, 0.9)),
     # Here an early stop would leave a confused model, which follows the remark no more than chance.
     "spurious": Organism(ask_spurious, plant_spurious, judge_spurious,
-                         16, 6e-4, (0.1, 0.5, 0.9), doses=(0.1, 0.5, 0.9), fixed=100,
+                         24, 3e-4, (0.1, 0.5, 0.9), doses=(0.1, 0.5, 0.9), fixed=100,
                          ordinary=(*ORDINARY, "recipe")),
+    # The rate rises to .6 or .7 in 50 updates. Then the rule, an ordinary document, wins back what
+    # was lost.
     "emergent": Organism(ask_emergent, plant_emergent, judge_spurious,
-                         16, 3e-4, (0.1, 0.5, 0.9))}
+                         24, 1e-4, (0.1, 0.35, 0.6), most=60)}
 
 
 def records_of(organism, world, group, n, seed):
@@ -241,7 +244,7 @@ def plant(organism, numbers, base, world, tokenizer, seed, most, every=4, tests=
     Yields, for each, its number, the model, which goes on to change, and the way up to there:
     (update, rate, unclear) on the validation split. most: updates at most.
     """
-    most = min(most, organism.fixed or most)
+    most = min(most, organism.fixed or organism.most)
     records = records_of(organism, world, "val", tests, seed)
     for dose in dict.fromkeys(organism.doses[n] for n in numbers):
         stops = [n for n in numbers if organism.doses[n] == dose]
