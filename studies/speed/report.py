@@ -223,7 +223,7 @@ def real_blocks(study):
 def about_line(study):
     a = study["about"]
     return (f"`{a['command']}`, {a['date']}, commit {a['commit']}, {a['machine']}, "
-            f"CPU threads: {a['threads']}, torch {a['torch']}.")
+            f"CPU threads: {a['threads']}, torch {a['torch']}{a.get('note', '')}.")
 
 
 def rates_line(study):
@@ -242,8 +242,9 @@ def training_blocks(study):
     """What is said of updates and pretraining, or why there is nothing."""
     training = study["training"]
     if "missing" in training:
-        names = ("responses", "updates", "pretraining", "compile", "trl", "in_short")
-        return dict.fromkeys(names, f"Not measured in this run: {training['missing']}.")
+        names = ("responses", "updates", "pretraining", "compile", "trl")
+        missing = f"Not measured in this run: {training['missing']}."
+        return {**dict.fromkeys(names, missing), "in_short": "Updates were not measured."}
     sampling = training["updates"][0]["seconds"]
     shares = [row["share"] for row in training["pretraining"]["rows"]]
     trl_answer, trl = beside_trl(study)

@@ -122,3 +122,11 @@ def test_the_readme_is_made_from_the_committed_results():
     words = (report.FOLDER / "words.md").read_text()
     text = (report.FOLDER / "README.md").read_text()
     assert report.readme(report.read(report.FOLDER), words) == text
+
+
+def test_the_page_of_the_gpu_is_made_from_its_results():
+    folder = report.FOLDER / "gpu"
+    words = (report.FOLDER / "words.md").read_text()
+    study = report.read(folder)
+    assert "H100" in study["about"]["machine"]
+    assert report.readme(study, words) == (folder / "README.md").read_text()
