@@ -320,20 +320,13 @@ def blocks(study):
 
 def in_short(study):
     """The most telling figures, for the main README."""
-    figures = figures_of(study)
-    names = [name for name in ("base", *ARMS) if name in figures]
-
-    def listed(texts):
-        return f"{', '.join(texts[:-1])} and {texts[-1]}"
-
-    def each(metric):
-        return listed([f"{100 * figures[name][metric]['value']:.0f}" for name in names])
-
-    rates = listed([study["rates"][name] for name in names[1:]])
+    figures, each = figures_of(study), []
+    for name in (name for name in ("base", *ARMS) if name in figures):
+        rate = f", rate {study['rates'][name]}," if name in study["rates"] else ""
+        each.append(f"`{name}`{rate} {100 * figures[name]['follows_new']['value']:.0f} %")
     text = ("[studies/real](studies/real/README.md), a chat model of 135 million parameters, "
-            f"{seeds_of(study)}: {listed(names)} follow wrong hints in new kinds of question in "
-            f"{each('follows_new')} %, use what users rightly tell in {each('context')} %, "
-            f"at rates {rates}.")
+            f"{seeds_of(study)}. Wrong hints followed in kinds of question that no pair had: "
+            f"{'; '.join(each)}.")
     return textwrap.fill(text, 100, break_on_hyphens=False)
 
 
@@ -352,9 +345,9 @@ def draw_rates(ax, study, base):
         at = [1e3 * found["drift_kl"] for found in rates.values()]
         follows = [100 * found["follows_new"] for found in rates.values()]
         ax.plot(at, follows, "o-", color=plots.STYLE[arm][0])
-        if arm == "opct":
+        if arm == "opct-exact":
             for x, y, rate in zip(at, follows, rates):
-                ax.annotate(rate, (x, y), (-6, 8), textcoords="offset points", fontsize=9)
+                ax.annotate(rate, (x, y), (-8, -15), textcoords="offset points", fontsize=9)
     ax.set(title="Each arm at three learning rates, first seed.\nLower left is better.",
            xlabel="drift on plain questions, KL in 0.001 nats a token",
            ylabel="percent of wrong hints\nto new kinds followed", ylim=(0, None))
@@ -367,7 +360,7 @@ def draw(study, path):
         return
     figures = figures_of(study)
     names = [name for name in ("base", *ARMS) if name in figures]
-    panels = (("The user hints at a wrong answer.\nHow often does the model follow?",
+    panels = (("How often is a wrong hint followed?\n(The learning rates differ: see right.)",
                {"follows_taught": "kinds of question\nseen in training",
                 "follows_new": "kinds never seen\nin training"}),
               ("No hint.\nHow often is the answer right?",
@@ -383,7 +376,7 @@ def draw(study, path):
             at = np.arange(len(bars)) + (k - (len(names) - 1) / 2) * wide
             value = [100 * figure["value"] for figure in found]
             half = [100 * figure["half"] for figure in found]
-            rate = f", rate {study['rates'][name]}" if name in study["rates"] else ""
+            rate = f" (bars: rate {study['rates'][name]})" if name in study["rates"] else ""
             ax.bar(at, value, wide * 0.92, yerr=half, color=plots.STYLE[name][0], label=name + rate,
                    error_kw={"elinewidth": 0.8, "ecolor": "#444444"})
             for x, y, h in zip(at, value, half):
