@@ -29,7 +29,7 @@ from support.lora import Linear
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM",
                  "qwen3": "Qwen3ForCausalLM"}
 
-# Prompts at a time: enough rows for the matrices, few enough for the processor's cache.
+# Prompts at a time, fewer long ones: enough for the matrices, few enough for cache and memory.
 PREFILL_ROWS = {"cpu": 64, "cuda": 1024}
 # Check for finished rows every so many tokens: on a GPU a check waits for all queued work.
 CHECK_EVERY = {"cpu": 1, "cuda": 16}
@@ -307,7 +307,7 @@ def prefill(model, prompts, noise):
     """
     B, P, limit = len(prompts), max(map(len, prompts)), noise.shape[1]
     device, context = model.device, model.config.max_position_embeddings
-    size = PREFILL_ROWS[device.type]
+    size = max(1, min(PREFILL_ROWS[device.type], 2**17 // P))
     if P + limit > context:
         raise ValueError(f"a prompt of {P} tokens and {limit} new ones do not fit into the "
                          f"context of {context}: shorten the prompt, or ask for fewer new tokens")

@@ -215,6 +215,6 @@ def about(device):
         commit = "unknown"
     machine = f"{os.cpu_count()} CPU cores, {platform.machine()}"
     if device.type == "cuda":
-        machine = torch.cuda.get_device_name()
+        machine = torch.cuda.get_device_name(device)
     return {"command": "python " + shlex.join(sys.argv), "commit": commit,
             "date": str(date.today()), "machine": machine, "torch": torch.__version__}

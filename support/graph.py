@@ -12,16 +12,21 @@ latest = {}             # device -> its last graph and the stream: the next one 
 
 
 def record(step, device):
-    """Records what a call of `step` starts, without running it. Returns a graph to `replay`."""
+    """Records what a call of `step` starts, without running it. Returns what to call instead: the
+    recording or, where memory is short, `step` itself."""
     graph = torch.cuda.CUDAGraph()
-    before, stream = latest.get(device, (None, torch.cuda.Stream(device)))
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        graph.capture_begin(*([before.pool()] if before else []))
-        step()
-        graph.capture_end()
+    before, stream = latest.setdefault(device, (None, torch.cuda.Stream(device)))
+    try:
+        with torch.cuda.device(device), torch.cuda.stream(stream):
+            graph.capture_begin(before and before.pool())
+            try:
+                step()
+            finally:
+                graph.capture_end()
+    except torch.OutOfMemoryError:      # a recording can neither use nor free what is cached
+        return step
     latest[device] = graph, stream
-    return graph
+    return graph.replay
 
 
 class OneColumn:
@@ -39,13 +44,14 @@ class OneColumn:
 
 
 class DecodeGraph:
-    """The decode step of a batch (see model.py), for as long as its rows stay the same."""
+    """The decode step of a batch (see model.py), for as long as its rows stay the same. One at a
+    time: the next one uses the memory of its logits."""
 
     def __init__(self, model, batch):
         self.model, self.padding, self.visible = model, batch.padding, batch.visible
         self.token, self.cache = batch.token.clone(), OneColumn(batch.cache)
         self.columns = torch.arange(batch.visible.shape[1], device=batch.visible.device)
-        self.graph, self.logits = None, None
+        self.replay, self.logits = None, None
 
     def step(self):
         column = self.cache.column
@@ -61,7 +67,7 @@ class DecodeGraph:
         if self.logits is None:
             self.step()
         else:
-            self.graph = self.graph or record(self.step, self.token.device)
-            self.graph.replay()
+            self.replay = self.replay or record(self.step, self.token.device)
+            self.replay()
         batch.cache.length += 1
         return self.logits

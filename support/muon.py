@@ -36,7 +36,9 @@ class Muon(torch.optim.Optimizer):
 
     def average(self, p, momentum):
         """Puts the gradient into the running average, and returns what a step goes along."""
-        average = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+        if "momentum_buffer" not in self.state[p]:
+            self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        average = self.state[p]["momentum_buffer"]
         average.lerp_(p.grad, 1 - momentum)
         return p.grad.lerp(average, momentum)
 

@@ -1,7 +1,6 @@
 """The model, its cache, the sampler and the checkpoints."""
 import json
 import random
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -162,7 +161,7 @@ def test_the_step_of_a_gpu_samples_the_same(family, every, monkeypatch):
 
     def record(step, device):
         recorded.append(step)
-        return SimpleNamespace(replay=step)
+        return step
 
     def decode(model, batch):
         batch.graph = batch.graph or DecodeGraph(model, batch)
@@ -428,6 +427,24 @@ def test_cuda_agrees_with_the_cpu(family):
     naive = naive_generate(model, prompts, 40, 1.0, seeded(7))
     for _ in range(3):
         assert as_lists(*generate(model.cuda(), prompts, 40, generator=seeded(7))) == naive
+
+
+@pytest.mark.cuda
+def test_a_step_that_cannot_be_recorded_is_called():
+    """As where memory is short. And the recording has ended: other work goes on."""
+    model, prompts = tiny_gpt(vocab=11).cuda(), prompts_of_many_lengths(40, 11)
+    expected = as_lists(*generate(model, prompts, 20, generator=seeded(7)))
+    forward = model.model.forward
+
+    def short_of_memory(*args):
+        if torch.cuda.is_current_stream_capturing():
+            raise torch.OutOfMemoryError
+        return forward(*args)
+
+    model.model.forward = short_of_memory
+    assert as_lists(*generate(model, prompts, 20, generator=seeded(7))) == expected
+    model.model.forward = forward
+    assert as_lists(*generate(model, prompts, 20, generator=seeded(7))) == expected
 
 
 @pytest.mark.cuda

@@ -28,9 +28,11 @@ def main():
         raise UserError(done.stderr.strip().splitlines()[-1])
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     each = [line["seconds"] for line in read_log(out)][1:]
+    origin = about(pick_device("cpu"))
+    del origin["command"]
     write_json(f"{out}.json", {"flags": " ".join(flags[2:]), "seconds": statistics.median(each),
                                "bytes": peak, "threads": len(os.sched_getaffinity(0)),
-                               "about": about(pick_device("cpu"))})
+                               "about": origin})
     shutil.rmtree(out)
 
 

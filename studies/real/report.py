@@ -268,7 +268,7 @@ def costs_table(study):
     """Seconds an update and the highest memory of a whole process."""
     lines = [["flags", "seconds an update", "memory, GB", "threads", "machine"]]
     for cost in study["costs"]:
-        extra = re.search(r"--max-new-tokens \d+ ?(.*)", cost["flags"])[1] or "all weights"
+        extra = re.search(r"--save-every \d+ ?(.*)", cost["flags"])[1] or "all weights"
         lines.append([extra, f"{cost['seconds']:.1f}", f"{cost['bytes'] / 1e9:.1f}",
                       str(cost["threads"]), cost["about"]["machine"]])
     return markdown(lines) if len(lines) > 1 else "Not measured in this run."
