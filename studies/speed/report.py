@@ -4,10 +4,12 @@ import textwrap
 from pathlib import Path
 
 from studies.speed.real import BASE
+from studies.study import fill
 from support.common import read_json, write_text
 from support.report import WIDTH, markdown
 
 FOLDER = Path(__file__).parent
+MAIN = FOLDER.parent.parent / "README.md"
 SAMPLERS = ("ours", "naive", "transformers")
 
 
@@ -217,6 +219,51 @@ def real_blocks(study):
     return {"real_name": BASE.name, **found}
 
 
+# --- In short, for the main README -----------------------------------------------------------
+
+
+def times(ratios):
+    """2.1, or 1.5, 2.0 and 2.2."""
+    *first, last = [f"{ratio:.1f}" for ratio in ratios]
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def in_short(study):
+    """Ratios taken side by side in one run; what was not measured is left out."""
+    lines, sampler, real = [], study["sampler"], study["real"]
+    trl = study["training"].get("trl", {})
+    batches = times_of(sampler["compared"])
+    if batches:
+        lines.append(f"sampler beside transformers {sampler['transformers']}: {times(batches)} "
+                     f"times at batch {listed(row['batch'] for row in sampler['compared'])}")
+    if "sampler" in real:
+        lines.append(f"the same on {BASE.name}: {times(times_of(real['sampler']))} times at batch "
+                     f"{listed(row['batch'] for row in real['sampler'])}")
+    if "ours" in trl:
+        lines.append(f"an update beside TRL {trl['version']}'s: "
+                     f"{sum(trl['theirs']) / sum(trl['ours']):.1f} times")
+    rows = [row for row in real.get("updates", []) if "ours" in row["trl"]]
+    if rows:
+        speeds = [sum(row["trl"]["theirs"]) / sum(row["trl"]["ours"]) for row in rows]
+        lines.append(f"the same on {BASE.name}, short prompts, long ones, LoRA: {times(speeds)}")
+        memory = [[(row["peak_bytes"][who]["peak"] - row["peak_bytes"][who]["libraries"])
+                   / row["least_bytes"] for row in rows if row["peak_bytes"][who]]
+                  for who in ("ours", "theirs")]
+        lines.append(f"its memory, of the least possible: {times(memory[0])} times; TRL's: "
+                     f"{times(memory[1])}")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def times_of(rows):
+    """How many times as fast as transformers, row by row."""
+    return [row["tokens_per_second"]["ours"] / row["tokens_per_second"]["transformers"]
+            for row in rows if "transformers" in row["tokens_per_second"]]
+
+
+def listed(numbers):
+    return ", ".join(map(count, numbers))
+
+
 # --- Files -----------------------------------------------------------------------------------
 
 
@@ -295,14 +342,16 @@ def read(folder):
 
 
 def publish(study=None):
-    """The pages of this folder again: with a study, that of its machine from its results."""
+    """The pages of this folder again, and the ratios of the main README. With a study its machine's
+    results are taken over."""
     if study is not None:
-        gpu = study["about"]["preset"] == "full"
-        write_all(study, FOLDER / "gpu" if gpu else FOLDER)
-    else:
-        for folder in (FOLDER, FOLDER / "gpu"):
-            if (folder / "results.json").exists():
-                write_all(read(folder), folder)
+        folder = FOLDER / "gpu" if study["about"]["preset"] == "full" else FOLDER
+        write_text(folder / "results.json", json.dumps(study, indent=1) + "\n")
+    for folder in (FOLDER, FOLDER / "gpu"):
+        if (folder / "results.json").exists():
+            write_all(read(folder), folder)
+    if (FOLDER / "results.json").exists():
+        write_text(MAIN, fill(MAIN.read_text(), "speed", in_short(read(FOLDER))))
 
 
 def write_all(study, folder):

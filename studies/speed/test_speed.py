@@ -52,6 +52,8 @@ def test_smoke_end_to_end_and_taking_it_over(tmp_path, monkeypatch):
     words = report.FOLDER / "words.md"
     (tmp_path / "words.md").write_text(words.read_text())
     monkeypatch.setattr(report, "FOLDER", tmp_path)
+    monkeypatch.setattr(report, "MAIN", tmp_path / "main.md")
+    (tmp_path / "main.md").write_text("<!-- speed -->\n<!-- end -->\n")
     command("report", folder)
     assert (tmp_path / "README.md").read_text() == text
     assert (tmp_path / "results.json").read_text() == (folder / "results.json").read_text()
@@ -111,6 +113,24 @@ def test_the_sentences_of_what_not_every_machine_has():
     assert "1.5 times as fast as `generate` of transformers 5" in report.beside_transformers(study)
 
 
+def test_the_ratios_of_the_main_readme_by_hand():
+    rows = [{"batch": batch, "tokens_per_second": {"ours": 3.0 * batch, "transformers": 2.0}}
+            for batch in (1, 2)]
+    memory = {"ours": {"peak": 35, "libraries": 5}, "theirs": {"peak": 55, "libraries": 10}}
+    updates = [{"trl": {"ours": [1.0, 3.0], "theirs": [8.0, 2.0]}, "peak_bytes": memory,
+                "least_bytes": 20}] * 2
+    study = {"sampler": {"compared": rows, "transformers": "5"}, "training": {"trl": {
+        "ours": [1.0], "theirs": [2.4], "version": "1"}}, "real": {"sampler": rows,
+                                                                   "updates": updates}}
+    lines = report.in_short(study).splitlines()
+    assert lines[0] == "- sampler beside transformers 5: 1.5 and 3.0 times at batch 1, 2"
+    assert lines[2] == "- an update beside TRL 1's: 2.4 times"
+    assert lines[3].endswith("LoRA: 2.5 and 2.5")
+    assert lines[4].endswith("1.5 and 1.5 times; TRL's: 2.2 and 2.2")
+    study |= {"real": {"missing": "x"}, "training": {"missing": "x"}}
+    assert report.in_short(study).splitlines() == lines[:1]
+
+
 def test_words_type_no_numbers():
     words = re.sub(r"\{\w+\}", "", (report.FOLDER / "words.md").read_text())
     assert not re.search(r"\d", words)
@@ -120,8 +140,9 @@ def test_words_type_no_numbers():
                     reason="studies/speed/results.json is not there yet: run the study")
 def test_the_readme_is_made_from_the_committed_results():
     words = (report.FOLDER / "words.md").read_text()
-    text = (report.FOLDER / "README.md").read_text()
-    assert report.readme(report.read(report.FOLDER), words) == text
+    text, study = (report.FOLDER / "README.md").read_text(), report.read(report.FOLDER)
+    assert report.readme(study, words) == text
+    assert report.in_short(study) in report.MAIN.read_text()
 
 
 def test_the_page_of_the_gpu_is_made_from_its_results():
