@@ -26,6 +26,16 @@ def check_preset(name, presets):
         raise UserError(f"unknown preset '{name}': choose smoke, quick or full")
 
 
+# --- Results ---------------------------------------------------------------------------------
+
+
+def joined(origins):
+    """Where measurements come from: key -> all its values, such as two dates."""
+    return {key: " and ".join(dict.fromkeys(value for one in origins
+                                            for value in one[key].split(" and ")))
+            for key in origins[0]}
+
+
 # --- The page ----------------------------------------------------------------------------------
 
 

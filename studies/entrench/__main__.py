@@ -3,7 +3,8 @@ The study: when does consistency training entrench misalignment, and what does O
 
     python -m studies.entrench [smoke|quick|full]   runs it in out/study-entrench-PRESET/
     python -m studies.entrench report [FOLDER]      writes README.md and figures again, from
-                                                    results.json; with FOLDER from its results
+                                                    results.json; with FOLDER its seeds are taken
+                                                    over, beside those that are there
     python -m studies.entrench base PRESET SEED             one base model
     python -m studies.entrench cell PRESET SEED ORGANISM    one organism with one seed
 """
@@ -32,7 +33,10 @@ def main():
             run.run_cell(folder, args.organism, args.seed, preset)
         return
     if args.job == "report":
-        report.publish(run.collect(args.what) if args.what else committed(report.FOLDER))
+        path = report.FOLDER / "results.json"
+        before = committed(report.FOLDER) if path.exists() or not args.what else None
+        study = run.collect(args.what) if args.what else before
+        report.publish(report.taken_over(study, before) if before else study)
         return
     check_preset(args.job, run.PRESETS)
     folder = run.run(args.job)

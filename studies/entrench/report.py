@@ -11,7 +11,7 @@ from studies.entrench.organisms import ORGANISMS, records_of
 from studies.entrench.run import KINDS, runs_of
 from studies.entrench.world import StudyWorld
 from studies.stats import mean_over_seeds, verdict
-from studies.study import filled, write_tables
+from studies.study import filled, joined, write_tables
 from support.common import rng, show, write_text
 from support.report import COLOURS, markdown, pyplot, save_figure
 
@@ -367,8 +367,8 @@ def blocks(study):
     """Every table of README.md: name -> Markdown."""
     about, sizes = study["about"], study["sizes"]
     rows = sizes["batch"] * sizes["samples"]
-    return {"about": f"`{about['command']}`, {about['date']}, {about['machine']}, "
-                     f"torch {about['torch']}.",
+    return {"about": f"`{about['command']}`, {about['date']}, commit {about['commit']},\n"
+                     f"{about['machine']}, torch {about['torch']}.",
             "seeds": str(len(seeds_of(study))), "prompts": str(sizes["prompts"]),
             "updates": f"{sizes['steps']} updates of {rows} responses to {sizes['batch']} prompts",
             "examples": examples(), "organisms": organisms_table(study), "lost": str(lost(study)),
@@ -498,6 +498,15 @@ def write_all(study, folder):
     draw_details(study, folder / "details.png")
     show(f"\n{tables['changes']}\n\n{tables['findings']}\n\nwritten to {folder}: results.json, "
          "results.md and, with matplotlib, main.png and details.png")
+
+
+def taken_over(study, before):
+    """A study with the seeds that only an earlier sitting has measured, at the same sizes."""
+    sizes = json.loads(json.dumps(study["sizes"]))          # a tuple was written as a list
+    if before["sizes"] != sizes or set(before["cells"]) <= set(study["cells"]):
+        return study
+    return {**study, "cells": {**before["cells"], **study["cells"]},
+            "about": joined([before["about"], study["about"]])}
 
 
 def publish(study):

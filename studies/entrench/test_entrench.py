@@ -504,8 +504,24 @@ def made_up(change_of, seeds=3):
         str(i): strength(organism, before, 0.001 * seed) for i, before in enumerate((.1, .5, .9))}}
         for organism in ORGANISMS for seed in range(seeds)}
     sizes = {"prompts": 64, "steps": 40, "batch": 8, "samples": 4}
-    about = {"command": "c", "date": "d", "machine": "m", "torch": "t"}
+    about = {"command": "c", "commit": "k", "date": "d", "machine": "m", "torch": "t"}
     return {"cells": cells, "about": about, "sizes": sizes}
+
+
+def test_seeds_of_an_earlier_sitting_are_kept():
+    study = made_up(lambda *_: 0.0)
+    study["sizes"]["seeds"] = (0, 1, 2)
+    before = json.loads(json.dumps(study))
+    before["about"]["commit"] = "earlier"
+    first = [name for name in study["cells"] if name.endswith("-0")]
+    for name in first:
+        del study["cells"][name]
+    found = report.taken_over(study, before)
+    assert found["cells"].keys() == before["cells"].keys()
+    assert found["about"]["commit"] == "earlier and k"
+    assert report.taken_over(found, before) is found        # nothing new in them
+    before["sizes"]["steps"] = 41
+    assert report.taken_over(study, before) is study        # measured in another way
 
 
 def sharpening(organism, run, before):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from studies import pool
 from studies.real import convert, questions
+from studies.study import joined
 from support.common import UserError, read_json, show
 from support.pairs import read_jsonl
 
@@ -223,11 +224,6 @@ def transcripts(found, records):
                     for name in ("base", *ARMS) if name == "base" or f"{name}.0" in found}
             out.append({"prompt": records[i]["wrapped"], "said": said})
     return out
-
-
-def joined(origins):
-    """Where measurements come from: key -> all its values, such as two dates."""
-    return {key: ", ".join(dict.fromkeys(one[key] for one in origins)) for key in origins[0]}
 
 
 def collect(folder):
