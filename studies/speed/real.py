@@ -55,9 +55,9 @@ def case_prompts(base, case):
 # --- The sampler -----------------------------------------------------------------------------
 
 
-def sampler_rows(base, preset, device, rates):
-    """Beside transformers, in alternation, on prompts of one length."""
-    model, theirs, rows = load_checkpoint(base, device), None, []
+def sampler_rows(base, preset, device):
+    """Beside transformers, in alternation, on prompts of one length; and the machine's rates."""
+    model, theirs, rows, rates = load_checkpoint(base, device), None, [], machine_rates(device)
     model.config.eos_token_id = -1                          # every row writes all tokens
     if transformers is not None:
         theirs = transformers.AutoModelForCausalLM.from_pretrained(base, dtype="float32")
@@ -67,7 +67,7 @@ def sampler_rows(base, preset, device, rates):
         prompts = prompts_of(model.config.vocab_size, batch, 1, preset.real_cases[0].prompt)
         rows.append(comparison_row(model, theirs, prompts, preset.new, preset.real_rounds, rates,
                                    False))
-    return rows
+    return {"rates": rates, "sampler": rows}
 
 
 # --- Updates ---------------------------------------------------------------------------------
@@ -95,8 +95,8 @@ def update_row(base, case, preset, device):
     print(f"a real model, an update: {case}", flush=True)
     prompts, config = case_prompts(base, case), settings(base, case)
     row = {"case": asdict(case), "least_bytes": least_bytes(base, case, device),
-           "trl": training.compare_with_trl(config, prompts, preset.real_rounds, device),
-           "peak_bytes": {who: alone(base, case, who) for who in ("ours", "theirs")}}
+           "peak_bytes": {who: alone(base, case, who) for who in ("ours", "theirs")},
+           "trl": training.compare_with_trl(config, prompts, preset.real_rounds, device)}
     if not case.lora:
         student, teacher = student_and_teacher(config, device)
         row["parts"] = training.time_update("opct-exact", student, teacher, prompts, prompts,
@@ -104,21 +104,26 @@ def update_row(base, case, preset, device):
     return row
 
 
-def growth_row(base, case, device):
+def growth_row(base, case, preset, device):
     """Seconds of an update of ours, the better of two."""
     print(f"a real model, growth: {case}", flush=True)
     update = training.our_update(settings(base, case), case_prompts(base, case), device)
     return {"case": asdict(case), "seconds": best(update, device, 2)}
 
 
-def measure(preset, device, base=BASE):
-    """Everything on the real model, as numbers, or what is missing."""
+def measure(preset, device, keep, base=BASE):
+    """Everything on the real model, as numbers, or what is missing.
+
+    keep(name, function): what the function returns, or what it returned before a stop.
+    """
     if not Path(base).is_dir():
         return {"missing": f"there is no {base}, which `bash train.sh study real` makes"}
-    rates = machine_rates(device)
-    return {"rates": rates, "sampler": sampler_rows(base, preset, device, rates),
-            "updates": [update_row(base, case, preset, device) for case in preset.real_cases],
-            "growth": [growth_row(base, case, device) for case in preset.real_growth]}
+    found = keep("sampler", lambda: sampler_rows(base, preset, device))
+    for kind, cases, row in (("updates", preset.real_cases, update_row),
+                             ("growth", preset.real_growth, growth_row)):
+        found[kind] = [keep(f"{kind}-{i}", lambda: row(base, case, preset, device))
+                       for i, case in enumerate(cases)]
+    return found
 
 
 def main():

@@ -37,7 +37,7 @@ class Preset:
     trl_updates: int = 25                       # their mean counts: each samples other responses
     # On a real model: batches of the sampler, updates beside TRL's, updates alone, rounds of each.
     real_batches: tuple = (1, 16, 64)
-    real_cases: tuple = (Case(8, 4, 50, 32), Case(4, 2, 500, 32), Case(8, 4, 50, 32, lora=16))
+    real_cases: tuple = (Case(8, 4, 50, 32), Case(4, 1, 500, 32), Case(8, 4, 50, 32, lora=16))
     real_growth: tuple = (Case(2, 2, 50, 32), Case(2, 2, 50, 128), Case(2, 2, 50, 512),
                           Case(2, 2, 500, 32), Case(2, 2, 1500, 32))
     real_rounds: int = 3
@@ -81,7 +81,8 @@ def run(name, folder):
     print(f"== the study speed: {name} on {device}, {origin['threads']} threads, in {folder}/")
     found = {"about": origin}
     found["sampler"] = part("sampler", lambda: sampler.measure(preset, device), same, folder)
-    found["real"] = part("real", lambda: real.measure(preset, device), same, folder)
+    found["real"] = real.measure(
+        preset, device, lambda name, measure: part(f"real-{name}", measure, same, folder))
     same["base"] = str(base)
     found["training"] = part("training", lambda: training.measure(preset, device, base), same,
                              folder)

@@ -63,7 +63,8 @@ def test_a_real_model_is_measured_where_its_folder_is(tmp_path, monkeypatch):
     monkeypatch.setattr(real, "SHARED", 6)
     save_checkpoint(tiny_gpt(vocab=40, dtype=torch.float32), tmp_path)
     preset, device = run.PRESETS["smoke"], torch.device("cpu")
-    found = json.loads(json.dumps(real.measure(preset, device, tmp_path)))
+    found = json.loads(json.dumps(
+        real.measure(preset, device, lambda name, measure: measure(), tmp_path)))
     assert [row["batch"] for row in found["sampler"]] == [1, 4]
     whole, lora = found["updates"]
     for row in (whole, lora):
