@@ -5,14 +5,16 @@ The study: does OPCT do what its paper says?
     python -m studies.claims report               writes README.md and figures again, from
                                                   results.json, and the table of the main README
     python -m studies.claims report FOLDER        first takes the results of FOLDER over
+    python -m studies.claims rest                 those seeds of full that results.json lacks
     python -m studies.claims cell FAMILY SEED     one cell alone, to compare with results.json
 """
 import shutil
+from pathlib import Path
 
 from model import ARCHITECTURES
 from studies.claims import report, results, run
 from studies.claims.plan import PRESETS
-from studies.study import check_preset, default_preset, parser_of
+from studies.study import check_preset, committed, default_preset, parser_of
 from support.common import UserError, guarded
 
 
@@ -20,7 +22,7 @@ def main():
     parser = parser_of("claims", __doc__)
     default = default_preset()
     parser.add_argument("preset", nargs="?", default=default,
-                        help=f"smoke, quick, full, report or cell (default: {default})")
+                        help=f"smoke, quick, full, rest, report or cell (default: {default})")
     parser.add_argument("folder", nargs="?", help="report: the study to take over; cell: family")
     parser.add_argument("seed", nargs="?", type=int, help="cell: the seed")
     args = parser.parse_args()
@@ -31,13 +33,32 @@ def main():
         return
     if args.preset == "report":
         if args.folder:
-            report.write_results(results.collect(args.folder), report.FOLDER)
-            shutil.copy(f"{args.folder}/transcripts.md", report.FOLDER)
+            report.write_results(results.collect(args.folder, earlier(args.folder)), report.FOLDER)
+            if Path(args.folder, "transcripts.md").exists():
+                shutil.copy(f"{args.folder}/transcripts.md", report.FOLDER)
         report.publish()
         return
-    check_preset(args.preset, PRESETS)
-    folder = run.run(args.preset)
-    report.write_all(results.collect(folder), folder)
+    if args.preset == "rest":
+        folder = run.run("full", first_sittings())
+    else:
+        check_preset(args.preset, PRESETS)
+        folder = run.run(args.preset)
+    report.write_all(results.collect(folder, earlier(folder)), folder)
+
+
+def first_sittings():
+    """The committed results. UserError: they are older than the map."""
+    study = committed(report.FOLDER)
+    if "map" not in study:
+        raise UserError("results.json is of the first edition, without a map: nothing to add to; "
+                        "run `bash train.sh study claims full`")
+    return study
+
+
+def earlier(folder):
+    """The committed results, if the folder is that of a later sitting, which chose no rates."""
+    chose = any(Path(folder).glob("*/grid/test/results.json"))
+    return None if chose else first_sittings()
 
 
 if __name__ == "__main__":

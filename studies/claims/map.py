@@ -82,32 +82,32 @@ def file_of(point):
     return f"map/{point.name}{'-second' * point.second}.json"
 
 
-def first_stages(folder, preset, rates):
-    """Worlds with fewer pairs, all runs of the first reading and the grid of the second."""
+def grid_stages(folder, preset):
+    """The learning rates of the second reading: every arm at every rate, on validation."""
+    worlds, runs, tables, second = [], [], [], second_reading(preset, {})
+    tried = [(arm, rate) for rate in preset.map_rates for arm in ARMS]
+    for seed in preset.grid_seeds:
+        if world_of(preset, second) != "world":
+            worlds.append(make_world(folder, preset, seed, second))
+        runs += [train(folder, preset, seed, second, arm, rate) for arm, rate in tried]
+        names = [run_of(preset, second, arm, rate) for arm, rate in tried]
+        tables.append(compare(folder, ("llama", seed), "map/grid", names, "val", preset))
+    return [worlds, runs, tables]
+
+
+def stages(folder, preset, rates, second):
+    """All points: worlds with fewer pairs, the runs and what is measured on them. rates, second:
+    the learning rates of the first and of the second reading."""
     worlds, runs, tables = [], [], []
-    points, second = first_reading(preset, rates), second_reading(preset, {})
+    points = [*first_reading(preset, rates), second_reading(preset, second)]
     for seed in preset.map_seeds:
         for point in points:
             if world_of(preset, point) != "world":
                 worlds.append(make_world(folder, preset, seed, point))
-            runs += [train(folder, preset, seed, point, arm, rates[arm]) for arm in ARMS
-                     if run_of(preset, point, arm, rates[arm]) != arm]
+            runs += [train(folder, preset, seed, point, arm, point.rates[arm]) for arm in ARMS
+                     if run_of(preset, point, arm, point.rates[arm]) != arm]
             tables.append(measure(folder, preset, seed, point))
-    for seed in preset.grid_seeds:
-        tried = [(arm, rate) for rate in preset.map_rates for arm in ARMS]
-        runs += [train(folder, preset, seed, second, arm, rate) for arm, rate in tried]
-        names = [run_of(preset, second, arm, rate) for arm, rate in tried]
-        tables.append(compare(folder, ("llama", seed), "map/grid", names, "val", preset))
     return [once(worlds), once(runs), tables]
-
-
-def second_stages(folder, preset, rates):
-    """The second reading, with the learning rates that were chosen for it."""
-    runs, tables, point = [], [], second_reading(preset, rates)
-    for seed in preset.map_seeds:
-        runs += [train(folder, preset, seed, point, arm, rates[arm]) for arm in ARMS]
-        tables.append(measure(folder, preset, seed, point))
-    return [runs, tables]
 
 
 def once(commands):

@@ -8,9 +8,10 @@ A *cell* is one base model, a family and a seed such as llama-0, and everything 
 4. Every cell: the four arms, the controls (llama only), three attackers a target, the pool of
    their prompts against every target, compare.
 5. The map (map.py): other numbers of pairs and updates, on some of the seeds.
+Steps 4 and 5 go over two seeds at a time, so that a sitting ends with whole seeds.
 """
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -69,6 +70,18 @@ PRESETS = {
                     map_points=((3, 60), (3, 240), (24, 60))),
     # The study of the README: about 5 hours on 2 CPU cores.
     "full": Preset()}
+
+
+def grid_of(preset):
+    """The part of a study that chooses learning rates."""
+    return replace(preset, seeds=preset.grid_seeds, more_seeds=(), map_seeds=())
+
+
+def part_of(preset, seeds):
+    """The part of a study that is about these seeds, when the learning rates are chosen."""
+    return replace(preset, seeds=seeds, grid_seeds=(),
+                   more_seeds=tuple(seed for seed in preset.more_seeds if seed in seeds),
+                   map_seeds=tuple(seed for seed in preset.map_seeds if seed in seeds))
 
 
 def cells_of(preset):

@@ -181,8 +181,9 @@ def write_all(study, folder):
     write_results(study, folder)
     tables = blocks(study)
     write_tables(folder, tables)
-    transcripts = (folder / "llama-0" / "results.md").read_text()
-    write_text(folder / "transcripts.md", "```" + transcripts.split("```")[1] + "```\n")
+    if (folder / "llama-0/results.md").exists():            # else of an earlier sitting
+        transcripts = (folder / "llama-0/results.md").read_text()
+        write_text(folder / "transcripts.md", "```" + transcripts.split("```")[1] + "```\n")
     draw_all(study, folder)
     show(f"\n{tables['study']}\n\n{tables['verdicts']}\n\n{tables['map_breaks']}\n\n"
          f"{tables['hours']}; written to {folder}: results.json, results.md, map.md, "

@@ -6,7 +6,8 @@ from pathlib import Path
 from model import load_checkpoint
 from studies.claims.attack import attacks_on, rounded, same_means, strongest
 from studies.claims.map import file_of, first_reading, second_reading
-from studies.claims.plan import LEARNT, PRESETS, choose, value_of
+from studies.claims.plan import LEARNT, PRESETS, cells_of, choose, part_of, value_of
+from studies.study import joined
 from support.common import UserError, read_json, read_text
 from support.runs import weights_hash
 
@@ -86,16 +87,16 @@ def with_sums(runs):
     return runs
 
 
-def collect_map(folder, preset, rates):
+def collect_map(folder, preset, rates, grid, seeds):
     """{"grid", "points"}. A point holds its cells, llama-0 and so on, and their runs.
 
     `passes`: how often an offline run goes over each of its responses. rates: {arm: rate} of the
     first reading; those of the second are chosen by its grid.
     """
-    grid, points, batch = collect_map_grid(folder), [], value_of("--batch", preset.runs.split())
+    points, batch = [], value_of("--batch", preset.runs.split())
     for point in [*first_reading(preset, rates), second_reading(preset, choose(grid)[0])]:
         cells = {}
-        for seed in preset.map_seeds:
+        for seed in seeds:
             measured = read(Path(folder) / f"llama-{seed}" / file_of(point))
             cells[f"llama-{seed}"] = {"runs": with_sums(measured["runs"])}
         points.append({"pairs": point.pairs, "updates": point.updates, "second": point.second,
@@ -125,18 +126,55 @@ def kind_of(name):
     return "worlds and base models" if name in ("world", "base") else "runs and their tables"
 
 
-def collect(folder):
-    """Everything that a study has measured: {"cells", "grid", "map", "about"}."""
-    cells = {}
-    for path in sorted(Path(folder).glob("*-*/results.json")):
-        cells[path.parent.name] = collect_cell(path)
-    if "llama-0" not in cells:
-        raise UserError(f"{folder} lacks the cell llama-0: run `bash train.sh study claims`")
+def whole_seeds(folder, preset, points):
+    """The seeds of which everything is there. points: of the map."""
+    seeds = []
+    for seed in preset.seeds:
+        part = part_of(preset, (seed,))
+        files = [f"{family}-{number}/{file}" for family, number in cells_of(part)
+                 for file in ("results.json", "pool.json")]
+        files += [f"llama-{seed}/{file_of(point)}" for point in points if part.map_seeds]
+        if all((Path(folder) / file).exists() for file in files):
+            seeds.append(seed)
+    return tuple(seeds)
+
+
+def collect(folder, before=None):
+    """Everything measured on whole seeds: {"cells", "grid", "map", "about"}. before: the results
+    of earlier sittings, which are added."""
+    name = Path(folder).name.removeprefix("study-claims-")
+    if name not in PRESETS:
+        raise UserError(f"{folder}: not the name of a folder of this study, "
+                        "out/study-claims-PRESET")
+    preset = PRESETS[name]
+    grid = before["grid"] if before else collect_grid(folder)
+    second = before["map"]["grid"] if before else collect_map_grid(folder)
+    rates = choose(grid)[0]
+    points = [*first_reading(preset, rates), second_reading(preset, choose(second)[0])]
+    seeds = whole_seeds(folder, preset, points)
+    if not seeds:
+        raise UserError(f"{folder} holds no whole seed: run `bash train.sh study claims {name}`")
+    part = part_of(preset, seeds)
+    cells = {f"{family}-{seed}": collect_cell(Path(folder) / f"{family}-{seed}/results.json")
+             for family, seed in cells_of(part)}
     origins = [cell["about"] for cell in cells.values()]
-    name, grid = Path(folder).name.removeprefix("study-claims-"), collect_grid(folder)
-    about = {"command": f"bash train.sh study claims {name}",
-             **{key: origins[0][key] for key in ("date", "machine", "torch", "attempts")},
-             "commit": ", ".join(sorted({origin["commit"] for origin in origins})),
+    about = {**joined([{key: origin[key] for key in ("date", "machine", "torch", "commit")}
+                       for origin in origins]),
+             "command": f"bash train.sh study claims {name}", "attempts": origins[0]["attempts"],
              "core_hours": core_hours(folder)}
-    found = collect_map(folder, PRESETS[name], choose(grid)[0])
-    return {"cells": cells, "grid": grid, "map": found, "about": about}
+    found = collect_map(folder, preset, rates, second, part.map_seeds)
+    study = {"cells": cells, "grid": grid, "map": found, "about": about}
+    return with_earlier(study, before) if before else study
+
+
+def with_earlier(study, before):
+    """A study with the seeds of earlier sittings."""
+    study["cells"] = dict(sorted({**before["cells"], **study["cells"]}.items()))
+    for point, earlier in zip(study["map"]["points"], before["map"]["points"]):
+        point["cells"] = {**earlier["cells"], **point["cells"]}
+    keys = ("date", "machine", "torch", "commit")
+    hours = Counter(before["about"]["core_hours"])
+    hours.update(study["about"]["core_hours"])
+    study["about"] |= joined([{key: one["about"][key] for key in keys} for one in (before, study)])
+    study["about"]["core_hours"] = {kind: round(value, 3) for kind, value in hours.items()}
+    return study

@@ -17,26 +17,41 @@ def chosen(grid, where):
     return rates
 
 
-def parts_of(preset, folder):
-    """The four parts of the study, for their estimates: the learning rates are not chosen yet."""
-    guess = dict.fromkeys(plan.ARMS, preset.rates[-1])
-    return [plan.first_stages(folder, preset), plan.second_stages(folder, preset, guess),
-            the_map.first_stages(folder, preset, guess),
-            the_map.second_stages(folder, preset, guess)]
+def grid_stages(folder, preset):
+    """What chooses the learning rates, of the cells and of the map's second reading."""
+    grid = plan.grid_of(preset)
+    return [*plan.first_stages(folder, grid), *the_map.grid_stages(folder, preset)]
 
 
-def run(name):
-    """Runs the study of a preset, or goes on with it. Returns its folder."""
+def seed_stages(folder, preset, seeds, rates, second):
+    """Everything on these seeds with the chosen learning rates, two seeds after two."""
+    stages = []
+    for i in range(0, len(seeds), 2):
+        part = plan.part_of(preset, seeds[i:i + 2])
+        stages += [*plan.first_stages(folder, part), *plan.second_stages(folder, part, rates),
+                   *the_map.stages(folder, part, rates, second)]
+    return [stage for stage in stages if stage]
+
+
+def run(name, before=None):
+    """Runs the study of a preset, or goes on with it. Returns its folder.
+
+    before: the results of earlier sittings; their seeds and learning rates are not run again.
+    """
     preset, folder, at_once = plan.PRESETS[name], f"out/study-claims-{name}", pool.places()
-    each = [pool.seconds_of(stages) for stages in parts_of(preset, folder)]
+    seeds = tuple(seed for seed in preset.seeds
+                  if not before or f"llama-{seed}" not in before["cells"])
+    first = [] if before else grid_stages(folder, preset)
+    guess = dict.fromkeys(plan.ARMS, preset.rates[-1])      # not chosen yet
+    later = pool.seconds_of(seed_stages(folder, preset, seeds, guess, guess))
     show(f"== the study claims: {at_once} commands at a time, in {folder}/; a line for each; in "
-         f"all about {sum(each) / 3600:.1f} hours of a core")
-    pool.run_stages(plan.first_stages(folder, preset), at_once, folder, sum(each[1:]))
-    rates = chosen(collect_grid(folder), "at the pairs and updates of the cells")
-    pool.run_stages(plan.second_stages(folder, preset, rates), at_once, folder, sum(each[2:]))
-    pool.run_stages(the_map.first_stages(folder, preset, rates), at_once, folder, each[3])
-    second = chosen(collect_map_grid(folder), "at the map's second reading")
-    pool.run_stages(the_map.second_stages(folder, preset, second), at_once, folder)
+         f"all about {(pool.seconds_of(first) + later) / 3600:.1f} hours of a core")
+    pool.run_stages(first, at_once, folder, later)
+    rates = chosen(before["grid"] if before else collect_grid(folder),
+                   "at the pairs and updates of the cells")
+    second = chosen(before["map"]["grid"] if before else collect_map_grid(folder),
+                    "at the map's second reading")
+    pool.run_stages(seed_stages(folder, preset, seeds, rates, second), at_once, folder)
     return folder
 
 

@@ -15,8 +15,8 @@ from studies import pool
 from studies.claims import map as the_map
 from studies.claims import map_tables, memory, run
 from studies.claims.memory import GOOD, memorised, responses_of, token_logp, variations
-from studies.claims.plan import ARMS, PRESETS, value_of
-from studies.claims.results import core_hours, with_sums
+from studies.claims.plan import ARMS, PRESETS, cells_of, value_of
+from studies.claims.results import core_hours, with_earlier, with_sums
 from support.common import UserError
 from support.tokenizer import IM_END, PAD
 
@@ -61,22 +61,23 @@ def test_the_point_of_the_cells_is_on_the_map():
 
 def test_the_map_trains_nothing_that_the_study_has_trained():
     preset = replace(PRESETS["full"], map_seeds=(0,), grid_seeds=(0,), map_rates=("1e-3", "3e-4"))
-    worlds, runs, tables = the_map.first_stages("out", preset, RATES)
+    worlds, runs, tables = the_map.stages("out", preset, RATES, dict.fromkeys(ARMS, "3e-4"))
     names = [name for _, name, _ in runs]
-    assert len(names) == len(set(names)) == 4 * 4 + 4       # 1e-3 is a rate of the grid and of all
+    assert len(names) == len(set(names)) == 4 * 4 + 4       # four points, the second reading
     assert not any("108x60" in name for name in names)
     assert [name for _, name, _ in worlds] == ["llama-0/map/world-12"]
     measured = {name: shlex.join(argv) for _, name, argv in tables}
     assert "out/llama-0/opct-exact " in measured["llama-0/measure-108x60"]
     assert "--world out/llama-0/world " in measured["llama-0/measure-108x60"]
     assert "--world out/llama-0/map/world-12 " in measured["llama-0/measure-12x60"]
-    again, _ = the_map.second_stages("out", preset, dict.fromkeys(ARMS, "3e-4"))
-    before = {shlex.join(argv) for _, _, argv in runs}
-    assert all(shlex.join(argv) in before for _, _, argv in again)      # the pool skips them
+    _, before, _ = the_map.grid_stages("out", preset)
+    before = {shlex.join(argv) for _, _, argv in before}
+    second = [argv for _, name, argv in runs if "12x240/" in name]
+    assert len(second) == 8 and all(shlex.join(argv) in before for argv in second)
 
 
 def test_a_run_of_the_map_has_its_pairs_and_its_updates():
-    _, runs, _ = the_map.first_stages("out", PRESETS["full"], RATES)
+    _, runs, _ = the_map.stages("out", PRESETS["full"], RATES, RATES)
     argv = next(argv for _, name, argv in runs if name == "llama-0/map/12x480/sft@1e-3")
     last = dict(zip(argv, argv[1:]))                        # of a flag given twice the last counts
     assert last["--pairs"] == "out/llama-0/map/world-12/train.jsonl" and last["--steps"] == "480"
@@ -84,7 +85,39 @@ def test_a_run_of_the_map_has_its_pairs_and_its_updates():
 
 def test_the_estimates_of_full_fit_into_five_hours_on_two_cores():
     """Even if the second reading shares no run with the first."""
-    assert sum(map(pool.seconds_of, run.parts_of(PRESETS["full"], "out"))) < 5 * 2 * 3600
+    preset, other = PRESETS["full"], dict.fromkeys(ARMS, "3e-4")
+    stages = run.grid_stages("out", preset)
+    stages += run.seed_stages("out", preset, preset.seeds, RATES, other)
+    assert pool.seconds_of(stages) < 5 * 2 * 3600
+
+
+def test_the_seeds_are_done_two_by_two_and_all_of_them():
+    """A part is what the whole plan has on its seeds, without the grids."""
+    preset = PRESETS["full"]
+    stages = run.seed_stages("out", preset, preset.seeds, RATES, RATES)
+    parts = [run.seed_stages("out", preset, preset.seeds[i:i + 2], RATES, RATES)
+             for i in range(0, 10, 2)]
+    assert stages == [stage for part in parts for stage in part]
+    names = {name for stage in stages for _, name, _ in stage}
+    for family, seed in cells_of(preset):
+        assert {f"{family}-{seed}/base", f"{family}-{seed}/pool"} <= names
+    assert "llama-4/measure-12x240-second" in names and "llama-5/measure-12x240" not in names
+    assert not any("/grid" in name for name in names)
+    first = {name.split("/")[0] for stage in parts[0] for _, name, _ in stage}
+    assert first == {f"{family}-{seed}" for family in ("llama", "qwen2", "qwen3")
+                     for seed in (0, 1)}
+
+
+def test_a_later_sitting_adds_its_seeds_to_the_earlier_ones():
+    def sitting(seed, commit, hours):
+        about = {"date": "d", "machine": "m", "torch": "t", "commit": commit,
+                 "core_hours": {"map": hours}}
+        return {"cells": {f"llama-{seed}": seed}, "about": about,
+                "map": {"points": [{"cells": {f"llama-{seed}": seed}}]}}
+
+    study = with_earlier(sitting(2, "b", 1.5), sitting(0, "a", 2.0))
+    assert study["cells"] == study["map"]["points"][0]["cells"] == {"llama-0": 0, "llama-2": 2}
+    assert study["about"]["commit"] == "a and b" and study["about"]["core_hours"] == {"map": 3.5}
 
 
 # --- A killed map goes on ----------------------------------------------------------------------

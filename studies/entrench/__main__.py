@@ -2,6 +2,7 @@
 The study: when does consistency training entrench misalignment, and what does OPCT do there?
 
     python -m studies.entrench [smoke|quick|full]   runs it in out/study-entrench-PRESET/
+    python -m studies.entrench rest                 those seeds of full that results.json lacks
     python -m studies.entrench report [FOLDER]      writes README.md and figures again, from
                                                     results.json; with FOLDER its seeds are taken
                                                     over, beside those that are there
@@ -18,7 +19,8 @@ def main():
     parser = parser_of("entrench", __doc__)
     default = default_preset()
     parser.add_argument("job", nargs="?", default=default,
-                        help=f"smoke, quick, full, report, base or cell (default: {default})")
+                        help=f"smoke, quick, full, rest, report, base or cell (default: "
+                        f"{default})")
     parser.add_argument("what", nargs="?", help="report: a folder; base, cell: a preset")
     parser.add_argument("seed", nargs="?", type=int, help="base, cell: the seed")
     parser.add_argument("organism", nargs="?", choices=ORGANISMS, help="cell: the organism")
@@ -38,8 +40,11 @@ def main():
         study = run.collect(args.what) if args.what else before
         report.publish(report.taken_over(study, before) if before else study)
         return
-    check_preset(args.job, run.PRESETS)
-    folder = run.run(args.job)
+    if args.job == "rest":
+        folder = run.run("full", report.seeds_of(committed(report.FOLDER)))
+    else:
+        check_preset(args.job, run.PRESETS)
+        folder = run.run(args.job)
     report.write_all(run.collect(folder), folder)
 
 

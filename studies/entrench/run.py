@@ -302,16 +302,18 @@ def run_cell(folder, name, seed, preset):
 # --- The whole study -----------------------------------------------------------------------------
 
 
-def run(name):
-    """Runs the study of a preset, or goes on with it. Returns its folder."""
+def run(name, known=()):
+    """Runs the study of a preset, or goes on with it, without the `known` seeds. Returns its
+    folder."""
     preset, folder, at_once = PRESETS[name], f"out/study-entrench-{name}", pool.places()
+    seeds = [seed for seed in preset.seeds if seed not in known]
     show(f"== the study entrench: {at_once} commands at a time, in {folder}/; a line for each")
     each = 25 * (len(runs_of()) + 1) * len(preset.strengths)
     command = [sys.executable, "-m", "studies.entrench"]
-    bases = [(600, f"base-{seed}", [*command, "base", name, str(seed)]) for seed in preset.seeds]
+    bases = [(600, f"base-{seed}", [*command, "base", name, str(seed)]) for seed in seeds]
     # The base of the seed after the next is made beside the cells of a seed.
     stages = [bases[:2]]
-    for seed, ahead in zip(preset.seeds, [*bases[2:], None, None]):
+    for seed, ahead in zip(seeds, [*bases[2:], None, None]):
         cells = [(each, f"{organism}-{seed}", [*command, "cell", name, str(seed), organism])
                  for organism in ORGANISMS]
         stages.append(([ahead] if ahead else []) + cells)
