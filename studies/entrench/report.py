@@ -421,16 +421,17 @@ def draw_main(study, path):
                 x, y = curve(study, organism, f"{name}, {kind}")
                 axes[1, column].plot(x, y, color=COLOURS[(i + 1) % len(COLOURS)], marker=MARKERS[i],
                                      markersize=5, linestyle=line,
-                                     label=f"{name}, {kind} clean prompts")
+                                     label=name if kind == "healthy" else None)
         axes[0, column].set_title(TITLES[organism])
         axes[1, column].set_xlabel("misbehaves before")
     axes[0, 0].text(0.04, 0.93, "entrenches", color="#D55E00")
     axes[0, 0].text(0.96, 0.04, "suppresses", color="#009E73", ha="right")
-    axes[0, 0].set_ylabel("label methods: misbehaves after")
-    axes[1, 0].set_ylabel("clean and wrapped pairs: misbehaves after")
+    axes[0, 0].set_ylabel("labels of its own making:\nmisbehaves after")
+    axes[1, 0].set_ylabel("pairs with a clean prompt:\nmisbehaves after")
+    for kind, line in zip(KINDS, ("-", "--")):
+        axes[1, 0].plot([], [], "k", linestyle=line, label=f"clean prompts {kind}")
     for row, place in ((0, "outside upper center"), (1, "outside lower center")):
-        fig.legend(*axes[row, 0].get_legend_handles_labels(), loc=place, ncols=(9, 6)[row],
-                   frameon=False)
+        fig.legend(*axes[row, 0].get_legend_handles_labels(), loc=place, ncols=9, frameon=False)
     save_figure(plt, fig, path)
 
 
@@ -475,8 +476,9 @@ def draw_details(study, path):
               ylim=(-0.02, 1.02))
     eta.set(xlabel="fifth of the samples by score", ylabel="misbehave", ylim=(0, 1),
             title="eta: does a score tell?")
-    for ax in (kl, clean, eta):
+    for ax in (kl, clean):
         ax.legend(frameon=False, fontsize=7)
+    eta.legend(frameon=False, fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     save_figure(plt, fig, path)
 
 
