@@ -613,3 +613,13 @@ def test_a_cell_that_is_stopped_goes_on_and_only_whole_seeds_count(tmp_path, mon
     assert {p: p.stat().st_mtime_ns for p in others} == others
     pairs = read_jsonl(tmp_path / folder / "emergent-0/healthy.jsonl")
     assert len(pairs) == preset.tests and {"clean", "wrapped", "expect"} <= set(pairs[0])
+
+
+@pytest.mark.skipif(not (report.FOLDER / "results.json").exists(),
+                    reason="studies/entrench/results.json is not there yet: run the study")
+def test_the_page_is_made_from_the_committed_results():
+    study = json.loads((report.FOLDER / "results.json").read_text())
+    words = (report.FOLDER / "words.md").read_text()
+    text = (report.FOLDER / "README.md").read_text()
+    assert report.readme(study, words) == text
+    assert max(map(len, text.splitlines())) <= 100
