@@ -249,7 +249,7 @@ def in_short(study):
         memory = [[(row["peak_bytes"][who]["peak"] - row["peak_bytes"][who]["libraries"])
                    / row["least_bytes"] for row in rows if row["peak_bytes"][who]]
                   for who in ("ours", "theirs")]
-        lines.append(f"its memory, of the least possible: {times(memory[0])} times; TRL's: "
+        lines.append(f"its memory over the least possible: {times(memory[0])} times; TRL's: "
                      f"{times(memory[1])}")
     return "\n".join(f"- {line}" for line in lines)
 
