@@ -158,13 +158,17 @@ def collect(folder, before=None):
     cells = {f"{family}-{seed}": collect_cell(Path(folder) / f"{family}-{seed}/results.json")
              for family, seed in cells_of(part)}
     origins = [cell["about"] for cell in cells.values()]
-    about = {**joined([{key: origin[key] for key in ("date", "machine", "torch", "commit")}
-                       for origin in origins]),
-             "command": f"bash train.sh study claims {name}", "attempts": origins[0]["attempts"],
-             "core_hours": core_hours(folder)}
+    about = {**origin_of(origins), "command": f"bash train.sh study claims {name}",
+             "attempts": origins[0]["attempts"], "core_hours": core_hours(folder)}
     found = collect_map(folder, preset, rates, second, part.map_seeds)
     study = {"cells": cells, "grid": grid, "map": found, "about": about}
     return with_earlier(study, before) if before else study
+
+
+def origin_of(abouts):
+    """When, where and by what code: the values of all of these."""
+    return joined([{key: about[key] for key in ("date", "machine", "torch", "commit")}
+                   for about in abouts])
 
 
 def with_earlier(study, before):
@@ -172,9 +176,8 @@ def with_earlier(study, before):
     study["cells"] = dict(sorted({**before["cells"], **study["cells"]}.items()))
     for point, earlier in zip(study["map"]["points"], before["map"]["points"]):
         point["cells"] = {**earlier["cells"], **point["cells"]}
-    keys = ("date", "machine", "torch", "commit")
     hours = Counter(before["about"]["core_hours"])
     hours.update(study["about"]["core_hours"])
-    study["about"] |= joined([{key: one["about"][key] for key in keys} for one in (before, study)])
+    study["about"] |= origin_of([before["about"], study["about"]])
     study["about"]["core_hours"] = {kind: round(value, 3) for kind, value in hours.items()}
     return study

@@ -30,9 +30,9 @@ def spread(values, form="{:.1f}"):
 # --- The sampler -----------------------------------------------------------------------------
 
 
-def ratios(study, other):
+def ratios(rows, other):
     """How many times as fast as the other sampler ours is, batch by batch."""
-    speeds = [row["tokens_per_second"] for row in study["sampler"]["compared"]]
+    speeds = [row["tokens_per_second"] for row in rows]
     return [speed["ours"] / speed[other] for speed in speeds if other in speed]
 
 
@@ -67,7 +67,7 @@ def growth_table(study):
 
 
 def beside_transformers(study):
-    found = ratios(study, "transformers")
+    found = ratios(study["sampler"]["compared"], "transformers")
     if not found:
         return "`transformers` was not installed in this run."
     version = study["sampler"]["transformers"]
@@ -133,6 +133,11 @@ def compiling(study):
             "`opct.py pretrain` takes by default.")
 
 
+def over_trl(trl):
+    """How many times as fast as TRL's our updates are, by their means."""
+    return sum(trl["theirs"]) / sum(trl["ours"])
+
+
 def beside_trl(study):
     """The answer in one sentence, and the numbers."""
     found = study["training"]["trl"]
@@ -142,7 +147,7 @@ def beside_trl(study):
     ours, theirs = found["ours"], found["theirs"]
     singles = [b / a for a, b in zip(ours, theirs)]
     responses = study["training"]["updates"][0]["responses"]
-    ratio = f"{sum(theirs) / sum(ours):.1f} times as fast"
+    ratio = f"{over_trl(found):.1f} times as fast"
     answer = f"An opct-exact update is {ratio} as TRL's."
     mine, other = (1e3 * sum(seconds) / len(seconds) for seconds in (ours, theirs))
     return answer, (
@@ -171,6 +176,12 @@ def real_sampler_table(real):
     return markdown(lines)
 
 
+def taken(row, who):
+    """The bytes that two updates took at the peak without the libraries; None: they did not run."""
+    found = row["peak_bytes"][who]
+    return found and found["peak"] - found["libraries"]
+
+
 def real_update_table(real):
     """Seconds, and gigabytes at the peak without those of the libraries."""
     lines = [["update", "ours, s", "TRL, s", "ratio", "ours, GB", "TRL, GB", "least, GB"]]
@@ -178,10 +189,10 @@ def real_update_table(real):
         trl, cells = row["trl"], ["-", "-", "-"]
         if "missing" not in trl:
             mine, other = (sum(s) / len(s) for s in (trl["ours"], trl["theirs"]))
-            cells = [f"{mine:.1f}", f"{other:.1f}", f"{other / mine:.1f}"]
+            cells = [f"{mine:.1f}", f"{other:.1f}", f"{over_trl(trl):.1f}"]
         for who in ("ours", "theirs"):
-            found = row["peak_bytes"][who]
-            cells.append(f"{(found['peak'] - found['libraries']) / 1e9:.1f}" if found else "-")
+            found = taken(row, who)
+            cells.append(f"{found / 1e9:.1f}" if found else "-")
         lines.append([case_name(row["case"]), *cells, f"{row['least_bytes'] / 1e9:.1f}"])
     return markdown(lines)
 
@@ -232,32 +243,25 @@ def in_short(study):
     """Ratios taken side by side in one run; what was not measured is left out."""
     lines, sampler, real = [], study["sampler"], study["real"]
     trl = study["training"].get("trl", {})
-    batches = times_of(sampler["compared"])
+    batches = ratios(sampler["compared"], "transformers")
     if batches:
         lines.append(f"sampler beside transformers {sampler['transformers']}: {times(batches)} "
                      f"times at batch {listed(row['batch'] for row in sampler['compared'])}")
-    if "sampler" in real:
-        lines.append(f"the same on {BASE.name}: {times(times_of(real['sampler']))} times at batch "
+    batches = ratios(real.get("sampler", []), "transformers")
+    if batches:
+        lines.append(f"the same on {BASE.name}: {times(batches)} times at batch "
                      f"{listed(row['batch'] for row in real['sampler'])}")
     if "ours" in trl:
-        lines.append(f"an update beside TRL {trl['version']}'s: "
-                     f"{sum(trl['theirs']) / sum(trl['ours']):.1f} times")
+        lines.append(f"an update beside TRL {trl['version']}'s: {over_trl(trl):.1f} times")
     rows = [row for row in real.get("updates", []) if "ours" in row["trl"]]
     if rows:
-        speeds = [sum(row["trl"]["theirs"]) / sum(row["trl"]["ours"]) for row in rows]
+        speeds = [over_trl(row["trl"]) for row in rows]
         lines.append(f"the same on {BASE.name}, short prompts, long ones, LoRA: {times(speeds)}")
-        memory = [[(row["peak_bytes"][who]["peak"] - row["peak_bytes"][who]["libraries"])
-                   / row["least_bytes"] for row in rows if row["peak_bytes"][who]]
+        memory = [[taken(row, who) / row["least_bytes"] for row in rows if taken(row, who)]
                   for who in ("ours", "theirs")]
         lines.append(f"its memory over the least possible: {times(memory[0])} times; TRL's: "
                      f"{times(memory[1])}")
     return "\n".join(f"- {line}" for line in lines)
-
-
-def times_of(rows):
-    """How many times as fast as transformers, row by row."""
-    return [row["tokens_per_second"]["ours"] / row["tokens_per_second"]["transformers"]
-            for row in rows if "transformers" in row["tokens_per_second"]]
 
 
 def listed(numbers):
@@ -315,7 +319,7 @@ def blocks(study):
         "about": about_line(study), "preset": study["about"]["preset"],
         "rates": rates_line(study), "parameters": count(sampler["parameters"]),
         "new": str(sampler["new"]), "shortest": str(shortest), "longest": str(longest),
-        "over_naive": spread(ratios(study, "naive")),
+        "over_naive": spread(ratios(sampler["compared"], "naive")),
         "beside_transformers": beside_transformers(study),
         "floor": spread([100 * row["floor"] for row in sampler["compared"]], "{:.0f}"),
         "speed": speed_table(study), "ratios": ratio_table(study), "growth": growth_table(study),
@@ -345,8 +349,7 @@ def publish(study=None):
     """The pages of this folder again, and the ratios of the main README. With a study its machine's
     results are taken over."""
     if study is not None:
-        folder = FOLDER / "gpu" if study["about"]["preset"] == "full" else FOLDER
-        write_text(folder / "results.json", json.dumps(study, indent=1) + "\n")
+        write_all(study, FOLDER / "gpu" if study["about"]["preset"] == "full" else FOLDER)
     for folder in (FOLDER, FOLDER / "gpu"):
         if (folder / "results.json").exists():
             write_all(read(folder), folder)
