@@ -4,8 +4,8 @@ The study: does OPCT do what its paper says?
     python -m studies.claims [smoke|quick|full]   runs it in out/study-claims-PRESET/, or goes on
     python -m studies.claims report               writes README.md and figures again, from
                                                   results.json, and the table of the main README
-    python -m studies.claims report FOLDER        first takes the results of FOLDER over
-    python -m studies.claims rest                 those seeds of full that results.json lacks
+    python -m studies.claims report FOLDER        first takes the whole seeds of FOLDER over
+    python -m studies.claims rest                 those seeds of full that are not taken over yet
     python -m studies.claims cell FAMILY SEED     one cell alone, to compare with results.json
 """
 import shutil
@@ -14,7 +14,7 @@ from pathlib import Path
 from model import ARCHITECTURES
 from studies.claims import report, results, run
 from studies.claims.plan import PRESETS
-from studies.study import check_preset, committed, default_preset, parser_of
+from studies.study import check_preset, default_preset, parser_of
 from support.common import UserError, guarded
 
 
@@ -33,32 +33,26 @@ def main():
         return
     if args.preset == "report":
         if args.folder:
-            report.write_results(results.collect(args.folder, earlier(args.folder)), report.FOLDER)
+            report.take_over(results.collect(args.folder, earlier(args.folder)))
             if Path(args.folder, "transcripts.md").exists():
                 shutil.copy(f"{args.folder}/transcripts.md", report.FOLDER)
         report.publish()
         return
     if args.preset == "rest":
-        folder = run.run("full", first_sittings())
+        folder = run.run("full", report.taken_over())
     else:
         check_preset(args.preset, PRESETS)
         folder = run.run(args.preset)
     report.write_all(results.collect(folder, earlier(folder)), folder)
 
 
-def first_sittings():
-    """The committed results. UserError: they are older than the map."""
-    study = committed(report.FOLDER)
-    if "map" not in study:
-        raise UserError("results.json is of the first edition, without a map: nothing to add to; "
-                        "run `bash train.sh study claims full`")
-    return study
-
-
 def earlier(folder):
-    """The committed results, if the folder is that of a later sitting, which chose no rates."""
-    chose = any(Path(folder).glob("*/grid/test/results.json"))
-    return None if chose else first_sittings()
+    """What has been taken over of full, unless all learning rates were tried in the folder itself:
+    then it is a study of its own."""
+    chose = [Path(folder, f"llama-{seed}/map/grid/results.json").exists()
+             for seed in PRESETS["full"].grid_seeds]
+    later = Path(folder).name == "study-claims-full" and not all(chose)
+    return report.taken_over() if later else None
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ A *cell* is one base model, a family and a seed such as llama-0, and everything 
 4. Every cell: the four arms, the controls (llama only), three attackers a target, the pool of
    their prompts against every target, compare.
 5. The map (map.py): other numbers of pairs and updates, on some of the seeds.
-Steps 4 and 5 go over two seeds at a time, so that a sitting ends with whole seeds.
+The grid goes seed after seed, and so do steps 4 and 5: a sitting ends with whole seeds.
 """
 import sys
 from dataclasses import dataclass, field, replace
@@ -72,9 +72,9 @@ PRESETS = {
     "full": Preset()}
 
 
-def grid_of(preset):
-    """The part of a study that chooses learning rates."""
-    return replace(preset, seeds=preset.grid_seeds, more_seeds=(), map_seeds=())
+def grid_of(preset, seed):
+    """The part of a study that tries learning rates on this seed."""
+    return replace(preset, seeds=(seed,), grid_seeds=(seed,), more_seeds=(), map_seeds=())
 
 
 def part_of(preset, seeds):

@@ -13,10 +13,11 @@ from studies.claims.tables import (ATTACKED, FIRST, HEADLINE, ORDER, families_of
 from studies.claims.verdicts import CONTRASTS, claims_tables, differences
 from studies.stats import over_seeds
 from studies.study import committed, fill, filled, write_tables
-from support.common import show, write_text
+from support.common import read_json, show, write_text
 from support.report import WIDTH, markdown
 
 FOLDER = Path(__file__).parent
+BEGUN = FOLDER / "begun.json"
 
 
 def failures_table(grid):
@@ -161,8 +162,23 @@ def without_the_map(words, tables):
     return "\n\n".join(part for part in kept if part.strip())
 
 
-def write_results(study, folder):
-    write_text(Path(folder) / "results.json", json.dumps(study) + "\n")
+def write_results(study, folder, name="results.json"):
+    write_text(Path(folder) / name, json.dumps(study) + "\n")
+
+
+def take_over(study):
+    """Into results.json or, as long as no seed is whole, into begun.json."""
+    if not study["cells"]:
+        write_results(study, FOLDER, BEGUN.name)
+        return
+    write_results(study, FOLDER)
+    BEGUN.unlink(missing_ok=True)
+
+
+def taken_over():
+    """What sittings of full have measured so far, or None."""
+    study = read_json(BEGUN, "get it from git again") if BEGUN.exists() else committed(FOLDER)
+    return study if "map" in study else None                # None: the first edition
 
 
 def draw_all(study, folder):

@@ -11,6 +11,8 @@ from studies.study import joined
 from support.common import UserError, read_json, read_text
 from support.runs import weights_hash
 
+NOTHING = {"cells": {}, "grid": {}, "map": {"grid": {}}}    # measured by earlier sittings
+
 
 def read(path):
     return read_json(path, "delete it and give the same command again", parse_float=rounded)
@@ -23,23 +25,22 @@ def without_curves(runs):
     return runs
 
 
-def collect_grid(folder):
-    """{cell: {split: runs}} of the cells on which the learning rates were tried."""
-    grid = {}
-    for path in sorted(Path(folder).glob("*/grid/test/results.json")):
-        at = path.parent.parent
-        grid[at.parent.name] = {split: without_curves(read(at / split / "results.json")["runs"])
-                                for split in ("val", "test")}
-    if not grid:
-        raise UserError(f"{folder} holds no study whose learning rates have been tried: "
-                        "run `bash train.sh study claims`")
-    return grid
+def collect_tries(folder, before=None):
+    """The cells on which all learning rates were tried, here or in earlier sittings.
 
-
-def collect_map_grid(folder):
-    """The same of the map's second reading, on the validation split alone."""
-    return {path.parent.parent.parent.name: {"val": without_curves(read(path)["runs"])}
-            for path in sorted(Path(folder).glob("*/map/grid/results.json"))}
+    Returns {cell: {split: runs}} of the study, the same of the map's second reading (validation
+    alone), and where these were measured here.
+    """
+    found = before or NOTHING
+    grid, of_map, origins = dict(found["grid"]), dict(found["map"]["grid"]), []
+    for last in sorted(Path(folder).glob("*/map/grid/results.json")):       # of a seed's tables
+        cell, second = last.parents[2], read(last)
+        grid[cell.name] = {
+            split: without_curves(read(cell / f"grid/{split}/results.json")["runs"])
+            for split in ("val", "test")}
+        of_map[cell.name] = {"val": without_curves(second["runs"])}
+        origins.append(second["about"])
+    return grid, of_map, origins
 
 
 def collect_pool(path, weights):
@@ -87,22 +88,21 @@ def with_sums(runs):
     return runs
 
 
-def collect_map(folder, preset, rates, grid, seeds):
-    """{"grid", "points"}. A point holds its cells, llama-0 and so on, and their runs.
+def collect_points(folder, preset, points, seeds):
+    """What was measured at each point of the map: its cells, llama-0 and so on, and their runs.
 
-    `passes`: how often an offline run goes over each of its responses. rates: {arm: rate} of the
-    first reading; those of the second are chosen by its grid.
+    `passes`: how often an offline run goes over each of its responses.
     """
-    points, batch = [], value_of("--batch", preset.runs.split())
-    for point in [*first_reading(preset, rates), second_reading(preset, choose(grid)[0])]:
+    found, batch = [], value_of("--batch", preset.runs.split())
+    for point in points:
         cells = {}
         for seed in seeds:
             measured = read(Path(folder) / f"llama-{seed}" / file_of(point))
             cells[f"llama-{seed}"] = {"runs": with_sums(measured["runs"])}
-        points.append({"pairs": point.pairs, "updates": point.updates, "second": point.second,
-                       "passes": batch * point.updates / point.pairs, "rates": point.rates,
-                       "cells": cells})
-    return {"grid": grid, "points": points}
+        found.append({"pairs": point.pairs, "updates": point.updates, "second": point.second,
+                      "passes": batch * point.updates / point.pairs, "rates": point.rates,
+                      "cells": cells})
+    return found
 
 
 def core_hours(folder):
@@ -140,28 +140,30 @@ def whole_seeds(folder, preset, points):
 
 
 def collect(folder, before=None):
-    """Everything measured on whole seeds: {"cells", "grid", "map", "about"}. before: the results
-    of earlier sittings, which are added."""
+    """Everything measured on whole seeds: {"cells", "grid", "map", "about"}; after a first sitting
+    there may be no cells yet. before: the results of earlier sittings, which are added."""
     name = Path(folder).name.removeprefix("study-claims-")
     if name not in PRESETS:
         raise UserError(f"{folder}: not the name of a folder of this study, "
                         "out/study-claims-PRESET")
     preset = PRESETS[name]
-    grid = before["grid"] if before else collect_grid(folder)
-    second = before["map"]["grid"] if before else collect_map_grid(folder)
-    rates = choose(grid)[0]
-    points = [*first_reading(preset, rates), second_reading(preset, choose(second)[0])]
-    seeds = whole_seeds(folder, preset, points)
-    if not seeds:
-        raise UserError(f"{folder} holds no whole seed: run `bash train.sh study claims {name}`")
-    part = part_of(preset, seeds)
+    grid, second, origins = collect_tries(folder, before)
+    nothing = UserError(f"{folder} holds no whole seed: run `bash train.sh study claims {name}`")
+    if not grid:
+        raise nothing
+    points = [*first_reading(preset, choose(grid)[0]),
+              second_reading(preset, choose(second)[0])]
+    part = part_of(preset, whole_seeds(folder, preset, points))
     cells = {f"{family}-{seed}": collect_cell(Path(folder) / f"{family}-{seed}/results.json")
              for family, seed in cells_of(part)}
-    origins = [cell["about"] for cell in cells.values()]
+    origins += [cell["about"] for cell in cells.values()]
+    if not origins:
+        raise nothing
     about = {**origin_of(origins), "command": f"bash train.sh study claims {name}",
-             "attempts": origins[0]["attempts"], "core_hours": core_hours(folder)}
-    found = collect_map(folder, preset, rates, second, part.map_seeds)
-    study = {"cells": cells, "grid": grid, "map": found, "about": about}
+             "core_hours": core_hours(folder)}
+    found = collect_points(folder, preset, points, part.map_seeds)
+    study = {"cells": cells, "grid": grid, "map": {"grid": second, "points": found},
+             "about": about}
     return with_earlier(study, before) if before else study
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from studies import pool
 from studies.claims import map as the_map
 from studies.claims import plan
-from studies.claims.results import collect_cell, collect_grid, collect_map_grid, read
+from studies.claims.results import NOTHING, collect_cell, collect_tries, read
 from support.common import show, write_text
 
 
@@ -17,17 +17,20 @@ def chosen(grid, where):
     return rates
 
 
-def grid_stages(folder, preset):
-    """What chooses the learning rates, of the cells and of the map's second reading."""
-    grid = plan.grid_of(preset)
-    return [*plan.first_stages(folder, grid), *the_map.grid_stages(folder, preset)]
+def grid_stages(folder, preset, seeds):
+    """The tries of learning rates, of the cells and of the map's second reading, seed by seed."""
+    stages = []
+    for seed in seeds:
+        part = plan.grid_of(preset, seed)
+        stages += [*plan.first_stages(folder, part), *the_map.grid_stages(folder, part)]
+    return stages
 
 
 def seed_stages(folder, preset, seeds, rates, second):
-    """Everything on these seeds with the chosen learning rates, two seeds after two."""
+    """Everything on these seeds with the chosen learning rates, seed by seed."""
     stages = []
-    for i in range(0, len(seeds), 2):
-        part = plan.part_of(preset, seeds[i:i + 2])
+    for seed in seeds:
+        part = plan.part_of(preset, (seed,))
         stages += [*plan.first_stages(folder, part), *plan.second_stages(folder, part, rates),
                    *the_map.stages(folder, part, rates, second)]
     return [stage for stage in stages if stage]
@@ -36,21 +39,21 @@ def seed_stages(folder, preset, seeds, rates, second):
 def run(name, before=None):
     """Runs the study of a preset, or goes on with it. Returns its folder.
 
-    before: the results of earlier sittings; their seeds and learning rates are not run again.
+    before: the results of earlier sittings; what they hold is not run again.
     """
     preset, folder, at_once = plan.PRESETS[name], f"out/study-claims-{name}", pool.places()
-    seeds = tuple(seed for seed in preset.seeds
-                  if not before or f"llama-{seed}" not in before["cells"])
-    first = [] if before else grid_stages(folder, preset)
+    found = before or NOTHING
+    tries = [seed for seed in preset.grid_seeds if f"llama-{seed}" not in found["grid"]]
+    seeds = [seed for seed in preset.seeds if f"llama-{seed}" not in found["cells"]]
+    first = grid_stages(folder, preset, tries)
     guess = dict.fromkeys(plan.ARMS, preset.rates[-1])      # not chosen yet
     later = pool.seconds_of(seed_stages(folder, preset, seeds, guess, guess))
     show(f"== the study claims: {at_once} commands at a time, in {folder}/; a line for each; in "
          f"all about {(pool.seconds_of(first) + later) / 3600:.1f} hours of a core")
     pool.run_stages(first, at_once, folder, later)
-    rates = chosen(before["grid"] if before else collect_grid(folder),
-                   "at the pairs and updates of the cells")
-    second = chosen(before["map"]["grid"] if before else collect_map_grid(folder),
-                    "at the map's second reading")
+    grid, grid_of_map, _ = collect_tries(folder, before)
+    rates = chosen(grid, "at the pairs and updates of the cells")
+    second = chosen(grid_of_map, "at the map's second reading")
     pool.run_stages(seed_stages(folder, preset, seeds, rates, second), at_once, folder)
     return folder
 

@@ -13,11 +13,11 @@ from model import GPT, GPTConfig
 from opct import ConsistencyConfig, Pairs, cross_entropy, reverse_kl, score
 from studies import pool
 from studies.claims import map as the_map
-from studies.claims import map_tables, memory, run
+from studies.claims import map_tables, memory, report, run
 from studies.claims.memory import GOOD, memorised, responses_of, token_logp, variations
 from studies.claims.plan import ARMS, PRESETS, cells_of, value_of
-from studies.claims.results import core_hours, with_earlier, with_sums
-from support.common import UserError
+from studies.claims.results import collect_tries, core_hours, with_earlier, with_sums
+from support.common import UserError, write_text
 from support.tokenizer import IM_END, PAD
 
 RATES = dict.fromkeys(ARMS, "1e-3")
@@ -86,17 +86,16 @@ def test_a_run_of_the_map_has_its_pairs_and_its_updates():
 def test_the_estimates_of_full_fit_into_five_hours_on_two_cores():
     """Even if the second reading shares no run with the first."""
     preset, other = PRESETS["full"], dict.fromkeys(ARMS, "3e-4")
-    stages = run.grid_stages("out", preset)
+    stages = run.grid_stages("out", preset, preset.grid_seeds)
     stages += run.seed_stages("out", preset, preset.seeds, RATES, other)
     assert pool.seconds_of(stages) < 5 * 2 * 3600
 
 
-def test_the_seeds_are_done_two_by_two_and_all_of_them():
-    """A part is what the whole plan has on its seeds, without the grids."""
+def test_the_seeds_are_done_one_by_one_and_all_of_them():
+    """A part is what the whole plan has on its seed, without the grids."""
     preset = PRESETS["full"]
     stages = run.seed_stages("out", preset, preset.seeds, RATES, RATES)
-    parts = [run.seed_stages("out", preset, preset.seeds[i:i + 2], RATES, RATES)
-             for i in range(0, 10, 2)]
+    parts = [run.seed_stages("out", preset, [seed], RATES, RATES) for seed in preset.seeds]
     assert stages == [stage for part in parts for stage in part]
     names = {name for stage in stages for _, name, _ in stage}
     for family, seed in cells_of(preset):
@@ -104,8 +103,20 @@ def test_the_seeds_are_done_two_by_two_and_all_of_them():
     assert "llama-4/measure-12x240-second" in names and "llama-5/measure-12x240" not in names
     assert not any("/grid" in name for name in names)
     first = {name.split("/")[0] for stage in parts[0] for _, name, _ in stage}
-    assert first == {f"{family}-{seed}" for family in ("llama", "qwen2", "qwen3")
-                     for seed in (0, 1)}
+    assert first == {f"{family}-0" for family in ("llama", "qwen2", "qwen3")}
+
+
+def test_the_grid_goes_seed_by_seed_and_a_seed_ends_with_the_table_of_the_map():
+    """By that file collect_tries knows a whole seed."""
+    preset = PRESETS["full"]
+    stages = run.grid_stages("out", preset, preset.grid_seeds)
+    names = [[name for _, name, _ in stage] for stage in stages]
+    assert len(names) == 14
+    for seed, part in ((0, names[:7]), (1, names[7:])):
+        assert part[-1] == [f"llama-{seed}/compare-val-map/grid"]
+        assert all(name.startswith(f"llama-{seed}/") for some in part for name in some)
+        tried = [name for some in part for name in some if "@" in name]
+        assert len(tried) == 4 * (len(preset.rates) + len(preset.map_rates))
 
 
 def test_a_later_sitting_adds_its_seeds_to_the_earlier_ones():
@@ -118,6 +129,43 @@ def test_a_later_sitting_adds_its_seeds_to_the_earlier_ones():
     study = with_earlier(sitting(2, "b", 1.5), sitting(0, "a", 2.0))
     assert study["cells"] == study["map"]["points"][0]["cells"] == {"llama-0": 0, "llama-2": 2}
     assert study["about"]["commit"] == "a and b" and study["about"]["core_hours"] == {"map": 3.5}
+
+
+def tables_of(folder, cell, splits):
+    """Tables of tried learning rates, as eval.py writes them."""
+    about = {"date": "d", "machine": "m", "torch": "t", "commit": cell}
+    for split in splits:
+        text = json.dumps({"runs": {f"sft@{cell}": {"x": {"value": 1, "curve": [1, 2]}}},
+                           "about": about})
+        write_text(folder / cell / split / "results.json", text)
+
+
+def test_tries_of_a_seed_count_once_all_its_tables_are_there_and_add_to_earlier_ones(tmp_path):
+    tables_of(tmp_path, "llama-0", ("grid/val", "grid/test", "map/grid"))
+    tables_of(tmp_path, "llama-1", ("grid/val", "grid/test"))
+    grid, of_map, origins = collect_tries(tmp_path)
+    assert grid == {"llama-0": dict.fromkeys(("val", "test"), {"sft@llama-0": {"x": {"value": 1}}})}
+    assert of_map == {"llama-0": {"val": grid["llama-0"]["val"]}}
+    assert [about["commit"] for about in origins] == ["llama-0"]
+    earlier = {"grid": {"llama-1": "a"}, "map": {"grid": {"llama-1": "b"}}}
+    both, of_both, _ = collect_tries(tmp_path, earlier)
+    assert both == {"llama-1": "a", **grid} and of_both == {"llama-1": "b", **of_map}
+    assert set(earlier["grid"]) == {"llama-1"}
+
+
+def test_a_sitting_without_a_whole_seed_is_kept_apart_until_there_is_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "FOLDER", tmp_path)
+    monkeypatch.setattr(report, "BEGUN", tmp_path / "begun.json")
+    first_edition = {"cells": {"llama-0": 0}}
+    report.write_results(first_edition, tmp_path)
+    assert report.taken_over() is None
+    begun = {"cells": {}, "grid": {"llama-0": 1}, "map": {}}
+    report.take_over(begun)
+    assert report.taken_over() == begun
+    assert json.loads((tmp_path / "results.json").read_text()) == first_edition
+    whole = {**begun, "cells": {"llama-0": 2}}
+    report.take_over(whole)
+    assert report.taken_over() == whole and not (tmp_path / "begun.json").exists()
 
 
 # --- A killed map goes on ----------------------------------------------------------------------
