@@ -34,7 +34,7 @@ def world():
 def test_points_count_the_pairs_of_the_three_axes():
     """3 + 1 and 24 + 12 pairs an axis."""
     names = [point.name for point in the_map.first_reading(PRESETS["full"], RATES)]
-    assert names == ["12x60", "12x240", "12x480", "108x60", "108x240"]
+    assert names == ["12x60", "12x240", "12x480", "108x60", "108x240", "108x480"]
     assert the_map.second_reading(PRESETS["full"], RATES).name == "12x240"
     for flag, total in ((3, 12), (24, 108), (8, 36)):
         records = World(WorldConfig(pairs=flag)).records("train")
@@ -63,7 +63,7 @@ def test_the_map_trains_nothing_that_the_study_has_trained():
     preset = replace(PRESETS["full"], map_seeds=(0,), grid_seeds=(0,), map_rates=("1e-3", "3e-4"))
     worlds, runs, tables = the_map.stages("out", preset, RATES, dict.fromkeys(ARMS, "3e-4"))
     names = [name for _, name, _ in runs]
-    assert len(names) == len(set(names)) == 4 * 4 + 4       # four points, the second reading
+    assert len(names) == len(set(names)) == 5 * 4 + 4       # five points, the second reading
     assert not any("108x60" in name for name in names)
     assert [name for _, name, _ in worlds] == ["llama-0/map/world-12"]
     measured = {name: shlex.join(argv) for _, name, argv in tables}
@@ -83,12 +83,12 @@ def test_a_run_of_the_map_has_its_pairs_and_its_updates():
     assert last["--pairs"] == "out/llama-0/map/world-12/train.jsonl" and last["--steps"] == "480"
 
 
-def test_the_estimates_of_full_fit_into_five_hours_on_two_cores():
+def test_the_estimates_of_full_fit_into_six_hours_on_two_cores():
     """Even if the second reading shares no run with the first."""
     preset, other = PRESETS["full"], dict.fromkeys(ARMS, "3e-4")
     stages = run.grid_stages("out", preset, preset.grid_seeds)
     stages += run.seed_stages("out", preset, preset.seeds, RATES, other)
-    assert pool.seconds_of(stages) < 5 * 2 * 3600
+    assert pool.seconds_of(stages) < 6 * 2 * 3600
 
 
 def test_the_seeds_are_done_one_by_one_and_all_of_them():
