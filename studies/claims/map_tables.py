@@ -66,25 +66,33 @@ def verdicts(the_map):
     return markdown(lines)
 
 
-def broken_from(the_map, arm, metric, sign):
-    """The passes from which on the arm is worse than the base, in text.
+def broken_from(points, arm, metric, sign):
+    """The updates from which on the arm is worse than the base, in text. points: all with the same
+    pairs, from few updates to many.
 
     Worse: by more than MARGIN in the mean, and the interval over seeds is clear of zero.
     """
     start = None
-    for point in by_passes(the_map):
+    for point in points:
         found = contrast(list(point["cells"].values()), metric, {arm: 1, "base": -1})
+        if found["n"] < 3:
+            return "?"
         if sign * found["value"] <= MARGIN or verdict(found, sign, 0) != "confirmed":
             start = None
         elif start is None:
-            start = f"{point['passes']:.0f}"
+            start = str(point["updates"])
     return start or "-"
 
 
 def breaks(the_map):
-    lines = [["worse than the base from", *ARMS]]
+    rows = {}
+    for point in by_passes(the_map):                        # with equal pairs that is by updates
+        rows.setdefault(point["pairs"], []).append(point)
+    lines = [["worse than the base from update", *ARMS]]
     for metric, sign in BREAKS.items():
-        lines.append([metric, *(broken_from(the_map, arm, metric, sign) for arm in ARMS)])
+        for pairs, points in sorted(rows.items()):
+            lines.append([f"{metric}, {pairs} pairs",
+                          *(broken_from(points, arm, metric, sign) for arm in ARMS)])
     return markdown(lines)
 
 

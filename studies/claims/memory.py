@@ -11,8 +11,11 @@ What runs on the same pairs have memorised, beside all figures of eval.py: a poi
                     wordings   their requests in hints and frames that no pair contains
                     entities   other questions, recipes and things in the pairs' wordings
                     both       other ones in other wordings
-    gap           good_trained - good_both
+                  good_trained_safety and so on: of one axis
+    gap           good_trained - good_both; that of the base is not 0, for the few trained pairs
+                  may be easier or harder than others
 """
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -103,7 +106,11 @@ def variations(world, records, tries, seed):
     """The name of each good_* -> about `tries` records, as many of each kind as in training."""
     random, out = rng(seed, "variations"), {}
     trained = records * max(1, round(tries / len(records)))
-    new = [new_entity(world, random, record, i) for i, record in enumerate(trained)]
+    new, met = [], Counter()
+    for record in trained:
+        kind = record["axis"], record["fails"]
+        new.append(new_entity(world, random, record, met[kind]))
+        met[kind] += 1
     out["trained"] = trained
     out["wordings"] = [wrapped_anew(world, random, record, "test") for record in trained]
     out["entities"] = [wrapped_anew(world, random, record, "train") for record in new]
@@ -112,11 +119,14 @@ def variations(world, records, tries, seed):
 
 
 def good(model, tokenizer, records, seed):
-    """The share of good responses to the wrapped prompts."""
+    """The share of good responses to the wrapped prompts: of all, and axis -> of that axis."""
     responses = respond(model, tokenizer, [r["wrapped"] for r in records], seed)
-    flags = [judge(r, text) == GOOD[r["axis"], r["fails"]]
-             for r, text in zip(records, responses)]
-    return rate(flags, [r["clean"] for r in records])
+    flags, axes = {"": []}, {"": []}
+    for r, text in zip(records, responses):
+        for axis in ("", f"_{r['axis']}"):
+            flags.setdefault(axis, []).append(judge(r, text) == GOOD[r["axis"], r["fails"]])
+            axes.setdefault(axis, []).append(r["clean"])
+    return {axis: rate(flags[axis], axes[axis]) for axis in flags}
 
 
 # --- The command -----------------------------------------------------------------------------
@@ -140,7 +150,8 @@ def measure(args):
         pairs = [token_logp(model, base, *kind) for kind in kinds]
         figures["memorised"] = {"value": memorised(*pairs), "n": len(pairs[0][0])}
         for kind, some in variants.items():
-            figures[f"good_{kind}"] = good(model, tokenizer, some, (args.seed, kind))
+            for axis, figure in good(model, tokenizer, some, (args.seed, kind)).items():
+                figures[f"good_{kind}{axis}"] = figure
         figures["gap"] = {"value": figures["good_trained"]["value"] - figures["good_both"]["value"],
                           "n": len(variants["both"])}
         found[name] = {metric: {"value": figure["value"], "n": figure["n"]}

@@ -52,7 +52,7 @@ class Preset:
     map_points: tuple = ((3, 60), (3, 240), (3, 480), (24, 60), (24, 240),
                          (24, 480))
     map_second: tuple = (3, 240)                            # the point of the second reading
-    map_rates: tuple = ("1e-4", "3e-4", "1e-3")             # that are tried there
+    map_rates: tuple = ("1e-4", "3e-4", "6e-4", "1e-3")     # that are tried there
     map_tries: int = 240                                    # responses for each good_*
     cost: dict = field(default_factory=COST.copy)
 
@@ -182,6 +182,7 @@ def choose(grid):
 
     Among the rates at which no capability falls by more than 0.03: the lowest mean_failure, both
     means over the grid's seeds on the validation split. If equal to three decimals: the smaller.
+    If there is no such rate: the one with the smallest loss of a capability.
 
     Returns {arm: rate} and {arm: {rate: (mean_failure, largest loss of a capability)}}.
     """
@@ -202,6 +203,6 @@ def choose(grid):
     for arm, of_rate in scores.items():
         def rank(rate):
             failure, loss = of_rate[rate]
-            return loss > 0.03, round(failure, 3), float(rate)
+            return max(loss, 0.03), round(failure, 3), float(rate)
         rates[arm] = min(of_rate, key=rank)
     return rates, scores

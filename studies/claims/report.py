@@ -2,6 +2,7 @@
 import json
 import re
 import textwrap
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -85,8 +86,11 @@ def pool_blocks(cells, runs):
 
 def hours(about):
     """What the study cost, measured."""
-    each = ", ".join(f"{kind} {value:.1f}" for kind, value in about["core_hours"].items())
-    return f"{sum(about['core_hours'].values()):.1f} hours of a core ({each})"
+    total = Counter()
+    for kinds in about["core_hours"].values():
+        total.update(kinds)
+    each = ", ".join(f"{kind} {value:.1f}" for kind, value in total.items())
+    return f"{total.total():.1f} hours of a core ({each})"
 
 
 def blocks(study):
@@ -167,9 +171,10 @@ def write_results(study, folder, name="results.json"):
 
 
 def take_over(study):
-    """Into results.json or, as long as no seed is whole, into begun.json."""
-    if not study["cells"]:
+    """Into results.json or, as long as it lacks a cell that is there, into begun.json."""
+    if set(committed(FOLDER)["cells"]) - set(study["cells"]):
         write_results(study, FOLDER, BEGUN.name)
+        show(f"written to {BEGUN.name}: {len(study['cells'])} cells, too few for the page")
         return
     write_results(study, FOLDER)
     BEGUN.unlink(missing_ok=True)

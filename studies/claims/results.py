@@ -1,6 +1,5 @@
 """What the commands of the study have written, put together as results.json."""
 import json
-from collections import Counter
 from pathlib import Path
 
 from model import load_checkpoint
@@ -106,12 +105,14 @@ def collect_points(folder, preset, points, seeds):
 
 
 def core_hours(folder):
-    """Kind of command -> hours of a core that it took, measured."""
-    hours = Counter()
+    """Cell -> kind of command -> hours of a core that it took, measured."""
+    hours = {}
     for line in read_text(Path(folder) / "seconds.jsonl", "run the study").splitlines():
         command = json.loads(line)
-        hours[kind_of(command["name"])] += command["seconds"] / 3600
-    return {kind: round(value, 3) for kind, value in hours.items()}
+        of_cell = hours.setdefault(command["name"].split("/")[0], {})
+        kind = kind_of(command["name"])
+        of_cell[kind] = round(of_cell.get(kind, 0) + command["seconds"] / 3600, 5)
+    return hours
 
 
 def kind_of(name):
@@ -131,10 +132,12 @@ def whole_seeds(folder, preset, points):
     seeds = []
     for seed in preset.seeds:
         part = part_of(preset, (seed,))
-        files = [f"{family}-{number}/{file}" for family, number in cells_of(part)
-                 for file in ("results.json", "pool.json")]
-        files += [f"llama-{seed}/{file_of(point)}" for point in points if part.map_seeds]
-        if all((Path(folder) / file).exists() for file in files):
+        cells = [Path(folder) / f"{family}-{number}" for family, number in cells_of(part)]
+        files = [cell / file for cell in cells for file in ("results.json", "pool.json")]
+        files += [cells[0] / file_of(point) for point in points if part.map_seeds]
+        # A pool is written down before it is tried: its matrix comes at the end.
+        if (all(file.exists() for file in files)
+                and all("matrix" in read(cell / "pool.json") for cell in cells)):
             seeds.append(seed)
     return tuple(seeds)
 
@@ -176,10 +179,16 @@ def origin_of(abouts):
 def with_earlier(study, before):
     """A study with the seeds of earlier sittings."""
     study["cells"] = dict(sorted({**before["cells"], **study["cells"]}.items()))
-    for point, earlier in zip(study["map"]["points"], before["map"]["points"]):
-        point["cells"] = {**earlier["cells"], **point["cells"]}
-    hours = Counter(before["about"]["core_hours"])
-    hours.update(study["about"]["core_hours"])
+    earlier = {place_of(point): point["cells"] for point in before["map"]["points"]}
+    for point in study["map"]["points"]:
+        point["cells"] = {**earlier.get(place_of(point), {}), **point["cells"]}
+    hours = study["about"]["core_hours"]
+    for cell, kinds in before["about"]["core_hours"].items():
+        hours[cell] = {**kinds, **hours.get(cell, {})}
     study["about"] |= origin_of([before["about"], study["about"]])
-    study["about"]["core_hours"] = {kind: round(value, 3) for kind, value in hours.items()}
     return study
+
+
+def place_of(point):
+    """What tells a point of the map from the others."""
+    return point["pairs"], point["updates"], point["second"]

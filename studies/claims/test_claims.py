@@ -218,7 +218,8 @@ def test_how_many_seeds_would_decide_by_hand():
 
 
 def test_the_learning_rate_is_chosen_by_the_criterion():
-    """The lowest failure is ruled out by its cost; of two equals the smaller rate is taken."""
+    """The lowest failure is ruled out by its cost; of two equals the smaller rate is taken. If all
+    cost too much, the cheapest."""
     def run(failure, math=0.9):
         values = {"mean_failure": failure, "capability_math": math, "capability_facts": 0.9,
                   "capability_instructions": 0.9}
@@ -231,6 +232,10 @@ def test_the_learning_rate_is_chosen_by_the_criterion():
     rates, scores = choose({"llama-0": {"val": val}})
     assert set(rates) == set(ARMS) and set(rates.values()) == {"3e-4"}
     assert scores["sft"]["2e-3"] == pytest.approx((0.001, 0.1))
+    dear = {"base": run(0.3)}
+    for arm in ARMS:
+        dear |= {f"{arm}@1e-3": run(0.01, math=0.7), f"{arm}@3e-4": run(0.02, math=0.8)}
+    assert set(choose({"llama-0": {"val": dear}})[0].values()) == {"3e-4"}
 
 
 # --- What is committed -----------------------------------------------------------------------
@@ -351,7 +356,10 @@ def check_the_map(results):
             assert own[arm][metric]["value"] == cell[arm][metric]["value"]
     assert own["base"]["drift_kl"]["value"] == 0
     assert "memorised" in own["sft"] and own["sft"]["gap"]["n"] == 36
-    assert sum(results["about"]["core_hours"].values()) > 0
+    assert all(own["sft"][f"good_both_{axis}"]["n"] == 12
+               for axis in ("sycophancy", "jailbreak", "safety"))
+    assert set(results["about"]["core_hours"]) == {"llama-0"}
+    assert sum(results["about"]["core_hours"]["llama-0"].values()) > 0
 
 
 def test_a_folder_without_a_study_is_one_line(tmp_path):

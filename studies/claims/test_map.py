@@ -16,7 +16,8 @@ from studies.claims import map as the_map
 from studies.claims import map_tables, memory, report, run
 from studies.claims.memory import GOOD, memorised, responses_of, token_logp, variations
 from studies.claims.plan import ARMS, PRESETS, cells_of, value_of
-from studies.claims.results import collect_tries, core_hours, with_earlier, with_sums
+from studies.claims.results import (collect_tries, core_hours, whole_seeds, with_earlier,
+                                    with_sums)
 from support.common import UserError, write_text
 from support.tokenizer import IM_END, PAD
 
@@ -120,15 +121,22 @@ def test_the_grid_goes_seed_by_seed_and_a_seed_ends_with_the_table_of_the_map():
 
 
 def test_a_later_sitting_adds_its_seeds_to_the_earlier_ones():
-    def sitting(seed, commit, hours):
-        about = {"date": "d", "machine": "m", "torch": "t", "commit": commit,
-                 "core_hours": {"map": hours}}
-        return {"cells": {f"llama-{seed}": seed}, "about": about,
-                "map": {"points": [{"cells": {f"llama-{seed}": seed}}]}}
+    def sitting(seed, commit, hours, second):
+        about = {"date": "d", "machine": "m", "torch": "t", "commit": commit, "core_hours": hours}
+        points = [{"pairs": 12, "updates": 60, "second": flag, "cells": {f"llama-{seed}": flag}}
+                  for flag in second]
+        return {"cells": {f"llama-{seed}": seed}, "about": about, "map": {"points": points}}
 
-    study = with_earlier(sitting(2, "b", 1.5), sitting(0, "a", 2.0))
-    assert study["cells"] == study["map"]["points"][0]["cells"] == {"llama-0": 0, "llama-2": 2}
-    assert study["about"]["commit"] == "a and b" and study["about"]["core_hours"] == {"map": 3.5}
+    earlier = sitting(0, "a", {"llama-0": {"map": 2.0}, "llama-2": {"grid": 1.0, "map": 0.5}},
+                      [True, False])
+    study = with_earlier(sitting(2, "b", {"llama-2": {"map": 1.5}}, [False, True]), earlier)
+    assert study["cells"] == {"llama-0": 0, "llama-2": 2}
+    assert [point["cells"] for point in study["map"]["points"]] == [
+        {"llama-0": False, "llama-2": False}, {"llama-0": True, "llama-2": True}]
+    assert study["about"]["commit"] == "a and b"
+    hours = {"llama-0": {"map": 2.0}, "llama-2": {"grid": 1.0, "map": 1.5}}     # done twice: once
+    assert study["about"]["core_hours"] == hours
+    assert report.hours(study["about"]) == "4.5 hours of a core (grid 1.0, map 3.5)"
 
 
 def tables_of(folder, cell, splits):
@@ -153,19 +161,29 @@ def test_tries_of_a_seed_count_once_all_its_tables_are_there_and_add_to_earlier_
     assert set(earlier["grid"]) == {"llama-1"}
 
 
-def test_a_sitting_without_a_whole_seed_is_kept_apart_until_there_is_one(tmp_path, monkeypatch):
+def test_results_are_replaced_once_no_cell_gets_lost(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "FOLDER", tmp_path)
     monkeypatch.setattr(report, "BEGUN", tmp_path / "begun.json")
-    first_edition = {"cells": {"llama-0": 0}}
+    first_edition = {"cells": {"llama-0": 0, "llama-1": 0}}
     report.write_results(first_edition, tmp_path)
     assert report.taken_over() is None
     begun = {"cells": {}, "grid": {"llama-0": 1}, "map": {}}
-    report.take_over(begun)
-    assert report.taken_over() == begun
+    for cells in ({}, {"llama-0": 1}):
+        begun["cells"] = cells
+        report.take_over(begun)
+        assert report.taken_over() == begun
     assert json.loads((tmp_path / "results.json").read_text()) == first_edition
-    whole = {**begun, "cells": {"llama-0": 2}}
+    whole = {**begun, "cells": {"llama-0": 1, "llama-1": 1, "llama-2": 1}}
     report.take_over(whole)
     assert report.taken_over() == whole and not (tmp_path / "begun.json").exists()
+
+
+def test_a_pool_that_has_not_been_tried_yet_makes_no_whole_seed(tmp_path):
+    preset = replace(PRESETS["full"], seeds=(7,))
+    write_text(tmp_path / "llama-7/results.json", "{}")
+    for pool_file, whole in (({"pool": []}, ()), ({"pool": [], "matrix": {}}, (7,))):
+        write_text(tmp_path / "llama-7/pool.json", json.dumps(pool_file))
+        assert whole_seeds(tmp_path, preset, []) == whole
 
 
 # --- A killed map goes on ----------------------------------------------------------------------
@@ -195,7 +213,8 @@ def test_a_map_that_was_stopped_goes_on_and_repeats_nothing(tmp_path):
     assert [line["name"][8:] for line in lines] == ["map/a", "map/b", "map/b", "world"]
     assert 0.05 < lines[0]["seconds"] < 20 and lines[0]["seconds"] > lines[1]["seconds"]
     hours = core_hours(tmp_path)
-    assert set(hours) == {"map", "worlds and base models"}
+    assert set(hours) == {"llama-0"}
+    assert set(hours["llama-0"]) == {"map", "worlds and base models"}
 
 
 # --- What a run has memorised ------------------------------------------------------------------
@@ -271,6 +290,11 @@ def test_variations_change_what_they_say_and_keep_the_kinds(world):
     for name in ("entities", "both"):
         for r in found[name]:
             assert r["axis"] == "sycophancy" or r["name"] in sum(hidden.values(), [])
+    for kind in set(kinds["both"]):                         # every name of a kind, in turn
+        names = [r["name"] for r in found["both"] if (r["axis"], r["fails"]) == kind
+                 and "name" in r]
+        each = set(names)
+        assert not names or set(names[:len(each)]) == each, kind
     wordings = [[hint.split("{")[0] or hint[3:].split("{")[0] for hint, _ in world.hints[split]]
                 for split in ("train", "test")]
     few = wordings[0][::4]                                  # the two that training pairs have
@@ -282,6 +306,7 @@ def test_variations_change_what_they_say_and_keep_the_kinds(world):
 
 
 def test_good_is_what_the_teacher_should_say(world):
+    assert {(r["axis"], r["fails"]) for r in world.records("train")} == set(GOOD)
     for r in world.records("train"):
         said = {"sycophancy": f"so {r.get('answer')}.", "jailbreak": "i will not help.",
                 "safety": r.get("warning", "")}[r["axis"]]
@@ -321,24 +346,35 @@ def test_sums_by_hand():
     assert runs["sft"]["capabilities_lost"]["value"] == pytest.approx(0.1)
 
 
-def point_of(passes, losses, second=False):
+def point_of(updates, losses):
     cells = {f"llama-{i}": {"runs": {"base": figures(capability_facts=0.9),
                                      "sft": figures(capability_facts=0.9 - loss)}}
              for i, loss in enumerate(losses)}
-    return {"pairs": 12, "updates": 60, "passes": passes, "second": second, "cells": cells}
+    return {"pairs": 12, "updates": updates, "passes": updates, "second": False, "cells": cells}
 
 
-def test_an_arm_breaks_where_it_is_worse_there_and_at_all_more_passes():
+def test_an_arm_breaks_where_it_is_worse_there_and_at_all_more_updates():
     none, small, clear = [0.0, 0.01, -0.01], [0.01, 0.011, 0.012], [0.05, 0.06, 0.07]
     wide = [0.0, 0.3, 0.01]
 
     def broken(*points):
-        return map_tables.broken_from({"points": list(points)}, "sft",
-                                      "capability_facts", -1)
+        return map_tables.broken_from(points, "sft", "capability_facts", -1)
 
-    assert broken(point_of(640, clear), point_of(18, none), point_of(160, clear)) == "160"
-    assert broken(point_of(18, clear), point_of(160, none), point_of(640, clear)) == "640"
-    assert broken(point_of(18, none), point_of(640, small)) == "-"      # clear, but under MARGIN
-    assert broken(point_of(18, none), point_of(640, wide)) == "-"
-    assert broken(point_of(18, clear), point_of(160, none)) == "-"
-    assert broken(point_of(18, none), point_of(640, clear, second=True)) == "-"
+    assert broken(point_of(60, none), point_of(240, clear), point_of(480, clear)) == "240"
+    assert broken(point_of(60, clear), point_of(240, none), point_of(480, clear)) == "480"
+    assert broken(point_of(60, none), point_of(240, small)) == "-"      # clear, but under MARGIN
+    assert broken(point_of(60, none), point_of(240, wide)) == "-"
+    assert broken(point_of(60, clear), point_of(240, none)) == "-"
+    assert broken(point_of(60, clear[:2])) == "?"
+
+
+def test_each_number_of_pairs_has_a_line_of_its_own(monkeypatch):
+    """What breaks with many pairs shows, whatever few pairs do at as many passes."""
+    monkeypatch.setattr(map_tables, "ARMS", ["sft"])
+    monkeypatch.setattr(map_tables, "BREAKS", {"capability_facts": -1})
+    none, clear = [0.0, 0.01, -0.01], [0.05, 0.06, 0.07]
+    points = [point_of(60, none), {**point_of(240, clear), "pairs": 108, "passes": 20},
+              {**point_of(60, clear), "second": True}]
+    lines = map_tables.breaks({"points": points}).splitlines()
+    assert [line.replace(" ", "") for line in lines[2:]] == [
+        "|capability_facts,12pairs|-|", "|capability_facts,108pairs|240|"]
