@@ -8,14 +8,17 @@ and attention reads the whole cache, of which the columns that are still to come
 """
 import torch
 
-latest = {}             # device -> its last graph and the stream: the next one uses their memory
+# device -> its last graph and the stream: the next one uses their memory, that of the kernels'
+# workspace too. So no graph may be replayed once the next one is recorded.
+latest = {}
 
 
 def record(step, device):
-    """Records what a call of `step` starts, without running it. Returns what to call instead: the
-    recording or, where memory is short, `step` itself."""
+    """Records what a call of `step` starts, without running it. Returns what to call instead, or
+    False where memory is too short to record."""
+    before, stream = latest.get(device) or (None, torch.cuda.Stream(device))
+    latest[device] = None, stream
     graph = torch.cuda.CUDAGraph()
-    before, stream = latest.setdefault(device, (None, torch.cuda.Stream(device)))
     try:
         with torch.cuda.device(device), torch.cuda.stream(stream):
             graph.capture_begin(before and before.pool())
@@ -24,7 +27,7 @@ def record(step, device):
             finally:
                 graph.capture_end()
     except torch.OutOfMemoryError:      # a recording can neither use nor free what is cached
-        return step
+        return False
     latest[device] = graph, stream
     return graph.replay
 
@@ -45,7 +48,7 @@ class OneColumn:
 
 class DecodeGraph:
     """The decode step of a batch (see model.py), for as long as its rows stay the same. One at a
-    time: the next one uses the memory of its logits."""
+    time, see `latest`."""
 
     def __init__(self, model, batch):
         self.model, self.padding, self.visible = model, batch.padding, batch.visible
@@ -64,10 +67,8 @@ class DecodeGraph:
         """Adds batch.token (B,) to the cache. Returns the next logits (B, V), valid until the next
         call. The first call is not recorded: it loads the kernels, which a graph must not do."""
         self.token.copy_(batch.token)
-        if self.logits is None:
-            self.step()
-        else:
-            self.replay = self.replay or record(self.step, self.token.device)
-            self.replay()
+        if self.logits is not None and self.replay is None:
+            self.replay = record(self.step, self.token.device)
+        (self.replay or self.step)()
         batch.cache.length += 1
         return self.logits
