@@ -78,16 +78,16 @@ def run(commands, at_once, folder, later=0):
     done = finished(folder)
     waiting = [command for command in commands if shlex.join(command[2]) not in done]
     left = sum(command[0] for command in waiting) + later
-    began, worked, running, failed = time.time(), 0, [], None
+    worked, took, running, failed = 0, 0, [], None
     before = signal.signal(signal.SIGTERM, stop)            # `kill` ends the commands, too
     try:
         while running or (waiting and not failed):
             while waiting and not failed and len(running) < at_once:
                 seconds, name, argv = waiting.pop(0)
-                running.append((seconds, name, argv, *start(name, argv, folder)))
+                running.append((seconds, name, argv, time.time(), *start(name, argv, folder)))
             time.sleep(0.05)
             for job in list(running):
-                seconds, name, argv, process, log = job
+                seconds, name, argv, began, process, log = job
                 used_before = core_seconds()
                 if process.poll() is None:
                     continue
@@ -100,14 +100,14 @@ def run(commands, at_once, folder, later=0):
                     continue
                 with (folder / "done").open("a") as file:
                     file.write(shlex.join(argv) + "\n")
-                worked, left = worked + seconds, left - seconds
-                minutes = (time.time() - began) * left / worked / 60
+                worked, left, took = worked + seconds, left - seconds, took + time.time() - began
+                minutes = left * took / worked / at_once / 60
                 show(f"  {name:40} about {minutes:.0f} min left")
     finally:
         for job in running:
-            job[3].terminate()
+            job[4].terminate()
         for job in running:
-            job[3].wait()
+            job[4].wait()
         signal.signal(signal.SIGTERM, before)
     if failed:
         lines = failed[1].read_text().strip().splitlines() or ["no output"]

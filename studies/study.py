@@ -1,4 +1,4 @@
-"""What every study has: a command line with presets, and a page that is made from its results."""
+"""What studies share: the arms, a command line with presets, a page made from the results."""
 import argparse
 import re
 from pathlib import Path
@@ -6,6 +6,10 @@ from pathlib import Path
 import torch
 
 from support.common import UserError, read_json, write_text
+
+# Name of an arm: the command of opct.py and its --loss.
+ARMS = {"sft": ("sft", "sampled"), "sft-exact": ("sft", "exact"),
+        "opct": ("opct", "sampled"), "opct-exact": ("opct", "exact")}
 
 # --- The command line ------------------------------------------------------------------------
 

@@ -3,10 +3,11 @@ import numpy as np
 
 from studies import plots
 from studies.claims.map_tables import by_passes
-from studies.claims.plan import ARMS, LEARNT, TARGETS
+from studies.claims.plan import LEARNT, TARGETS
 from studies.claims.tables import families_of
 from studies.claims.verdicts import CONTRASTS
 from studies.stats import contrast, over_seeds
+from studies.study import ARMS
 from support.report import pyplot, save_figure
 
 

@@ -13,7 +13,8 @@ on the validation split.
 from dataclasses import dataclass
 from pathlib import Path
 
-from studies.claims.plan import ARMS, compare, consistency, python
+from studies.claims.plan import compare, consistency, python
+from studies.study import ARMS
 
 
 @dataclass

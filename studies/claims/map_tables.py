@@ -1,8 +1,8 @@
 """The tables of the map: points as lines, arms or differences between arms as columns."""
-from studies.claims.plan import ARMS
 from studies.claims.tables import figures_table, text_of, title
 from studies.claims.verdicts import BOTH_EXACT, EXACT, MARGIN, SAMPLED
 from studies.stats import contrast, over_seeds, verdict
+from studies.study import ARMS
 from support.report import markdown
 
 GOOD = ("good_trained", "good_wordings", "good_entities", "good_both")

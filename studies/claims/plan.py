@@ -15,9 +15,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-# Name of an arm: the command of opct.py and its --loss.
-ARMS = {"sft": ("sft", "sampled"), "sft-exact": ("sft", "exact"),
-        "opct": ("opct", "sampled"), "opct-exact": ("opct", "exact")}
+from studies.study import ARMS
+
 # Name of a control: the arm that it repeats and its --control.
 CONTROLS = {"sft-clean": ("sft", "clean"), "opct-clean": ("opct", "clean"),
             "opct-shuffled": ("opct", "shuffled")}

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from studies.claims import attack_tables, figures, map_tables
-from studies.claims.plan import ARMS, CONTROLS, choose
+from studies.claims.plan import CONTROLS, choose
 from studies.claims.tables import (ATTACKED, FIRST, HEADLINE, ORDER, families_of, figures_table,
                                    two_tables)
 from studies.claims.verdicts import CONTRASTS, claims_tables, differences
 from studies.stats import over_seeds
-from studies.study import committed, fill, filled, write_tables
+from studies.study import ARMS, committed, fill, filled, write_tables
 from support.common import read_json, show, write_text
 from support.report import WIDTH, markdown
 

@@ -7,6 +7,7 @@ from studies import pool
 from studies.claims import map as the_map
 from studies.claims import plan
 from studies.claims.results import NOTHING, collect_cell, collect_tries, read
+from studies.study import ARMS
 from support.common import show, write_text
 
 
@@ -46,7 +47,7 @@ def run(name, before=None):
     tries = [seed for seed in preset.grid_seeds if f"llama-{seed}" not in found["grid"]]
     seeds = [seed for seed in preset.seeds if f"llama-{seed}" not in found["cells"]]
     first = grid_stages(folder, preset, tries)
-    guess = dict.fromkeys(plan.ARMS, preset.rates[-1])      # not chosen yet
+    guess = dict.fromkeys(ARMS, preset.rates[-1])      # not chosen yet
     later = pool.seconds_of(seed_stages(folder, preset, seeds, guess, guess))
     show(f"== the study claims: {at_once} commands at a time, in {folder}/; a line for each; in "
          f"all about {(pool.seconds_of(first) + later) / 3600:.1f} hours of a core")

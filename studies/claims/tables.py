@@ -1,5 +1,6 @@
 """Tables of figures, in Markdown, at most 100 columns wide."""
-from studies.claims.plan import ARMS, LEARNT
+from studies.claims.plan import LEARNT
+from studies.study import ARMS
 from support.report import markdown
 
 ATTACKED = ("jailbreak_pool", "jailbreak_pool_best_of", "jailbreak_adaptive",

@@ -20,10 +20,10 @@ from opct import pick, reverse_kl
 from studies.claims import report, verdicts
 from studies.claims.attack import (AttackConfig, ask, attack_step, attacks_on, same_means,
                                    strongest, train_attacker, try_attacker)
-from studies.claims.plan import ARMS, CONTROLS, PRESETS, choose
+from studies.claims.plan import CONTROLS, PRESETS, choose
 from studies.claims.tables import ORDER
 from studies.stats import contrast, mean_over_seeds, seeds_needed, student, verdict
-from studies.study import committed, fill
+from studies.study import ARMS, committed, fill
 from support.common import UserError
 from support.packing import pack
 from support.tokenizer import IM_END, PAD, document_tokens

@@ -15,9 +15,10 @@ from studies import pool
 from studies.claims import map as the_map
 from studies.claims import map_tables, memory, report, run
 from studies.claims.memory import GOOD, memorised, responses_of, token_logp, variations
-from studies.claims.plan import ARMS, PRESETS, cells_of, value_of
+from studies.claims.plan import PRESETS, cells_of, value_of
 from studies.claims.results import (collect_tries, core_hours, whole_seeds, with_earlier,
                                     with_sums)
+from studies.study import ARMS
 from support.common import UserError, write_text
 from support.tokenizer import IM_END, PAD
 

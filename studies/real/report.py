@@ -10,9 +10,9 @@ import numpy as np
 from studies import plots
 from studies.real import questions
 from studies.real.measure import fingerprint, groups
-from studies.real.run import ARMS, CONTROLS
+from studies.real.run import CONTROLS
 from studies.stats import mean_over_seeds
-from studies.study import committed, fill, filled, write_tables
+from studies.study import ARMS, committed, fill, filled, write_tables
 from support.common import UserError, show, write_text
 from support.report import markdown, pyplot, save_figure
 from support.statistics import wilson

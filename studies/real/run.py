@@ -13,13 +13,10 @@ from pathlib import Path
 
 from studies import pool
 from studies.real import convert, questions
-from studies.study import joined
+from studies.study import ARMS, joined
 from support.common import UserError, read_json, show
 from support.pairs import read_jsonl
 
-# Name of an arm: the command of opct.py and its --loss.
-ARMS = {"sft": ("sft", "sampled"), "sft-exact": ("sft", "exact"),
-        "opct": ("opct", "sampled"), "opct-exact": ("opct", "exact")}
 # --control: the arm it repeats. After the clean prompt both OPCT arms have a gradient of exactly 0.
 CONTROLS = {"clean": "sft", "shuffled": "opct-exact"}
 

@@ -16,8 +16,8 @@ from model import GPT, GPTConfig, load_checkpoint
 from studies.real import convert, questions, report
 from studies.real.measure import groups, letter
 from studies.real.questions import NEW, PLAIN, TAUGHT, WORDINGS
-from studies.real.run import ARMS, CHOSEN, PRESETS, choose
-from studies.study import committed
+from studies.real.run import CHOSEN, PRESETS, choose
+from studies.study import ARMS, committed
 from support.common import UserError
 from support.huggingface import BYTE_OF
 from support.pairs import contains
