@@ -476,9 +476,9 @@ def draw_details(study, path):
               ylim=(-0.02, 1.02))
     eta.set(xlabel="fifth of the samples by score", ylabel="misbehave", ylim=(0, 1),
             title="eta: does a score tell?")
-    for ax in (kl, clean):
-        ax.legend(frameon=False, fontsize=7)
-    eta.legend(frameon=False, fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+    for ax in (kl, clean, eta):
+        ax.legend(frameon=False, fontsize=7, ncols=3, loc="upper center",
+                  bbox_to_anchor=(0.5, -0.14))
     save_figure(plt, fig, path)
 
 
