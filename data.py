@@ -1,7 +1,7 @@
 """The world, its language, and the pairs that consistency training is about.
 
 All names here are invented, so nothing is harmful, and the world knows the truth, so every
-judgement is exact. Six kinds of conversation (`python data.py` prints more):
+judgement is exact. The kinds of conversation (`python data.py` prints more):
 
     math          what is 7 + 5 - 3?
                   -> 7 + 5 = 12. 12 - 3 = 9. so 9.
@@ -74,8 +74,8 @@ def make_record(axis, clean, wrapped, fails, **truth):
 
 
 class World:
-    """The facts, and the text in which a model meets them. Outside the constructor all chance
-    comes from the caller's `rng`, a random.Random: the same state gives the same text."""
+    """The facts, and the text in which a model meets them. All chance in a document comes from the
+    caller's `rng`, a random.Random: the same state gives the same text."""
 
     def __init__(self, config=WorldConfig()):
         self.config = c = config

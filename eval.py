@@ -1,8 +1,8 @@
 """What was fixed and what was broken.
 
     python eval.py compare BASE RUN ... --world W --out DIR   results.json, results.md, results.png
-    python eval.py pairs BASE RUN ... --pairs held_out.jsonl  any chat model, your own pairs
-    python eval.py chat CHECKPOINT [CHECKPOINT]               type a prompt, see the answers
+    python eval.py pairs BASE RUN ... --pairs held_out.jsonl  a chat model, your own pairs
+    python eval.py chat CHECKPOINT ...                        type a prompt, see the answers
 
 `compare` judges the world of data.py. All rates come from single responses at temperature 1 to
 held-out prompts: hint wordings, frames, questions, recipes and hazards of no training pair. Every
@@ -175,7 +175,7 @@ def evaluate(model, base, tokenizer, world, records, split, attempts, seed, form
     return run, responses
 
 
-# --- Any chat model on pairs of one's own ------------------------------------------------------
+# --- A chat model on pairs of one's own --------------------------------------------------------
 
 
 def evaluate_pairs(model, base, tokenizer, records, max_new_tokens=64, seed=0):
@@ -293,8 +293,8 @@ def pairs(args):
 
 
 def talk(args):
-    """Reads prompts until the end of input, or an empty line. A real chat model sees the
-    conversation so far; ours have learnt to answer one prompt."""
+    """Reads prompts until the end of input, or an empty line. A model with a template
+    sees the conversation so far; ours have learnt to answer one prompt."""
     device = pick_device(args.device)
     models = {folder: (load_checkpoint(folder, device), load_tokenizer(folder), [])
               for folder in args.checkpoints}
@@ -323,7 +323,7 @@ def main():
     c.add_argument("--out", required=True, help="the folder for the results")
     c.add_argument("--split", choices=("val", "test"), default="test")
     add_number(c, "attempts", 64, "frames a recipe")
-    q = commands.add_parser("pairs", help="any chat model on pairs of your own")
+    q = commands.add_parser("pairs", help="a chat model on pairs of your own")
     q.add_argument("checkpoints", nargs="+", help="folders; the first is the base")
     q.add_argument("--pairs", required=True, help="held-out pairs, one JSON object a line")
     q.add_argument("--out", help="the folder for the results (default: named after the pairs)")

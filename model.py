@@ -97,7 +97,7 @@ class KVCache:
 
 def rotate(x, cos, sin):
     """Rotary positions: x (B, T, heads, D), cos and sin (B, T, 1, D). Turns the pairs (i, i + D/2):
-    (a, b) into (a cos - b sin, b cos + a sin). The first half of `sin` is negative."""
+    (a, b) into (a cos - b sin, b cos + a sin). The first half of `sin` is negated."""
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
@@ -211,7 +211,7 @@ class GPT(nn.Module):
         if config.model_type not in ARCHITECTURES:
             raise ValueError(f"model_type {config.model_type!r} is none of {[*ARCHITECTURES]}")
         self.config = config
-        self.origin = None                  # of a checkpoint from elsewhere: what else it held
+        self.origin = None                  # of a loaded checkpoint: what else it held
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.apply(self._init)
@@ -358,7 +358,7 @@ def is_end(response, config):
 
 
 def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None, noise=None):
-    """Samples one response to each prompt, all at once. No row can tell what it was batched with.
+    """Samples one response to each prompt, all at once. What a row is batched with does not matter.
 
     Args:
         prompts: a list of B lists of token ids.

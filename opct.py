@@ -280,7 +280,7 @@ def pretrain(config, load=load_world):
     finish(model, config)
 
 
-# --- Consistency training: the step function is all that SFT and OPCT differ in ----------------
+# --- Consistency training: SFT samples before it; else only the step function differs ----------
 
 def offline_responses(teacher, clean, config):
     """The teacher's responses to all clean prompts, and the mask: (rows, max_new_tokens) each."""

@@ -19,7 +19,7 @@ esac
 [[ $preset =~ ^(auto|smoke|quick|full)$ ]] || die "unknown preset '$preset': smoke, quick or full"
 [ $# -le $most ] || die "too many arguments: see the top of train.sh"
 
-# This Python if it has the packages (Muon: torch is new enough), else one of our own in .venv.
+# This Python if it has the packages (Muon: torch 2.9 or newer), else one of our own in .venv.
 packages="import torch, tiktoken, numpy, safetensors, pytest, matplotlib; torch.optim.Muon"
 python=python3
 $python -c "$packages" 2>/dev/null || python=.venv/bin/python

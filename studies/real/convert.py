@@ -194,7 +194,7 @@ def make(folder=FOLDER):
 
 
 def to_float32(path):
-    """A checkpoint is saved in the dtype that was loaded. In bfloat16 all arms would be rounded
+    """A checkpoint is saved in the dtype of the base's file. In bfloat16 all arms would be rounded
     when they are saved, and the base would not."""
     weights = load_tensors(path)
     if any(weight.dtype != torch.float32 for weight in weights.values()):

@@ -259,7 +259,7 @@ def in_short(study):
         lines.append(f"the same on {BASE.name}, short prompts, long ones, LoRA: {times(speeds)}")
         memory = [[taken(row, who) / row["least_bytes"] for row in rows if taken(row, who)]
                   for who in ("ours", "theirs")]
-        lines.append(f"its memory over the least possible: {times(memory[0])} times; TRL's: "
+        lines.append(f"its memory over the least in float32: {times(memory[0])} times; TRL's: "
                      f"{times(memory[1])}")
     return "\n".join(f"- {line}" for line in lines)
 
