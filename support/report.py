@@ -30,12 +30,12 @@ def coloured(texts, nats):
     return f"{line}\n            (KL of student and teacher at each token: {key})"
 
 
-def markdown(lines):
+def markdown(lines, keep=1):
     """A Markdown table of lists of cells, the first of them the head. Columns that do not fit into
-    100 characters go into a second table below, again behind the first column."""
+    100 characters go into a second table below, again behind the first `keep` columns."""
     width = [max(map(len, column)) + 3 for column in zip(*lines)]
     fit = len(width)
-    while fit > 2 and sum(width[:fit]) >= WIDTH:
+    while fit > keep + 1 and sum(width[:fit]) >= WIDTH:
         fit -= 1
     rows = ["| " + " | ".join(cell.ljust(w - 3) for cell, w in zip(line, width[:fit])) + " |"
             for line in lines]
@@ -43,7 +43,7 @@ def markdown(lines):
     text = "\n".join([rows[0], rule, *rows[1:]])
     if fit == len(width):
         return text
-    return text + "\n\n" + markdown([line[:1] + line[fit:] for line in lines])
+    return text + "\n\n" + markdown([line[:keep] + line[fit:] for line in lines], keep)
 
 
 def figure_text(name, figure, intervals=True):

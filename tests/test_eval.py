@@ -15,6 +15,7 @@ from eval import ORDER, drift_kl, evaluate, evaluate_pairs, respond, samples_of,
 from model import generate
 from support.common import generator
 from support.pairs import contains, pair_transcripts, shares
+from support.report import markdown
 from support.statistics import ausc, best_of, rate, ratio, wilson
 
 ROOT = Path(__file__).parent.parent
@@ -156,6 +157,13 @@ def test_no_table_is_wider_than_a_page(columns, tables):
     text = table({f"run-{i}": {"sycophancy": figure} for i in range(columns)}, ORDER)
     assert max(map(len, text.splitlines())) <= 100
     assert text.count("0.500") == columns and text.count("| sycophancy") == tables
+
+
+def test_a_table_that_goes_on_below_repeats_the_columns_that_name_its_lines():
+    lines = [["organism", "strength", "x" * 50, "y" * 50], ["a", "weak", "1", "2"]]
+    first, second = markdown(lines, keep=2).split("\n\n")
+    assert first.splitlines()[2].split() == "| a | weak | 1 |".split()
+    assert second.splitlines()[2].split() == "| a | weak | 2 |".split()
 
 
 # --- Pairs of one's own ------------------------------------------------------------------------

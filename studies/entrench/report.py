@@ -213,7 +213,7 @@ def pairs_table(study):
             found = [over_seeds(study, [organism], runs[0], f) for f in (first, teacher)]
             found += [over_seeds(study, [organism], run, last) for run in runs]
             lines.append([organism, kind, *map(text_of, found)])
-    return markdown(lines)
+    return markdown(lines, keep=2)
 
 
 def eta_of(study, organism, number, score):
@@ -242,7 +242,7 @@ def eta_table(study):
                 line += [f"{np.mean(values):+.0f}" if values else "-"
                          for values in eta_of(study, organism, number, score)]
             lines.append(line)
-    return markdown(lines)
+    return markdown(lines, keep=2)
 
 
 # --- Verdicts on the paper's findings ------------------------------------------------------------
@@ -334,8 +334,12 @@ def findings(study):
     if bent:
         out.append(("greedy: common rises, rare falls (ours)",
                     f"{text_of(bent, 0, '+')} points apart", verdict(bent, 1, 0)))
+    planted = over_seeds(study, ORGANISMS, "greedy, planted", change)
+    if planted:
+        out.append(("greedy on planted prompts: rises (ours)",
+                    f"{text_of(planted, 0, '+')} points", verdict(planted, 1, 0)))
     for name, value_of in (("KL(labels, model)", label_kl),
-                           ("the labels' rate (ours)", label_change)):
+                           ("labels' rate (ours)", label_change)):
         figure = seed_by_seed(study, lambda seed: correlation(study, value_of, seed))
         if figure:
             own = {**figure, **{end: figure[end] - 0.5 for end in ("low", "high") if end in figure}}

@@ -536,7 +536,7 @@ def test_the_verdicts_on_results_that_are_known():
     assert said["no selection gives most of the effect"] == "confirmed"
     assert said["eta(s) varies by less than 10 points"] == "confirmed"
     assert said["greedy: common rises, rare falls (ours)"] == "confirmed"
-    assert said["the labels' rate (ours) predicts the change"] == "confirmed"
+    assert said["labels' rate (ours) predicts the change"] == "confirmed"
     assert said["reward hacking falls"] == "not confirmed"          # it bends around .5
     assert said["the spurious correlation stays"] == "confirmed"
 
