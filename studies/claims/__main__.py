@@ -49,9 +49,9 @@ def main():
 def earlier(folder):
     """What has been taken over of full, unless all learning rates were tried in the folder itself:
     then it is a study of its own."""
-    chose = [Path(folder, f"llama-{seed}/map/grid/results.json").exists()
-             for seed in PRESETS["full"].grid_seeds]
-    later = Path(folder).name == "study-claims-full" and not all(chose)
+    every = {f"llama-{seed}" for seed in PRESETS["full"].grid_seeds}
+    grid, of_map, _ = results.collect_tries(folder)
+    later = Path(folder).name == "study-claims-full" and not every <= grid.keys() & of_map.keys()
     return report.taken_over() if later else None
 
 

@@ -32,13 +32,15 @@ def collect_tries(folder, before=None):
     """
     found = before or NOTHING
     grid, of_map, origins = dict(found["grid"]), dict(found["map"]["grid"]), []
-    for last in sorted(Path(folder).glob("*/map/grid/results.json")):       # of a seed's tables
-        cell, second = last.parents[2], read(last)
-        grid[cell.name] = {
-            split: without_curves(read(cell / f"grid/{split}/results.json")["runs"])
-            for split in ("val", "test")}
-        of_map[cell.name] = {"val": without_curves(second["runs"])}
-        origins.append(second["about"])
+    for cell in sorted(Path(folder).glob("llama-*")):
+        tables = {split: cell / f"grid/{split}/results.json" for split in ("val", "test")}
+        second = {"val": cell / "map/grid/results.json"}
+        for where, files in ((grid, tables), (of_map, second)):
+            if all(file.exists() for file in files.values()):
+                each = {split: read(file) for split, file in files.items()}
+                where[cell.name] = {split: without_curves(table["runs"])
+                                    for split, table in each.items()}
+                origins += [table["about"] for table in each.values()]
     return grid, of_map, origins
 
 
@@ -105,7 +107,8 @@ def collect_points(folder, preset, points, seeds):
 
 
 def core_hours(folder):
-    """Cell -> kind of command -> hours of a core that it took, measured."""
+    """Cell -> kind of command -> hours of a core that it took, measured. What a later sitting does
+    again counts once."""
     hours = {}
     for line in read_text(Path(folder) / "seconds.jsonl", "run the study").splitlines():
         command = json.loads(line)
@@ -151,17 +154,17 @@ def collect(folder, before=None):
                         "out/study-claims-PRESET")
     preset = PRESETS[name]
     grid, second, origins = collect_tries(folder, before)
-    nothing = UserError(f"{folder} holds no whole seed: run `bash train.sh study claims {name}`")
-    if not grid:
-        raise nothing
-    points = [*first_reading(preset, choose(grid)[0]),
-              second_reading(preset, choose(second)[0])]
-    part = part_of(preset, whole_seeds(folder, preset, points))
+    points, seeds = [], ()
+    if grid and second:
+        points = [*first_reading(preset, choose(grid)[0]),
+                  second_reading(preset, choose(second)[0])]
+        seeds = whole_seeds(folder, preset, points)
+    part = part_of(preset, seeds)
     cells = {f"{family}-{seed}": collect_cell(Path(folder) / f"{family}-{seed}/results.json")
              for family, seed in cells_of(part)}
     origins += [cell["about"] for cell in cells.values()]
     if not origins:
-        raise nothing
+        raise UserError(f"{folder} holds no whole seed: run `bash train.sh study claims {name}`")
     about = {**origin_of(origins), "command": f"bash train.sh study claims {name}",
              "core_hours": core_hours(folder)}
     found = collect_points(folder, preset, points, part.map_seeds)

@@ -18,12 +18,19 @@ def chosen(grid, where):
     return rates
 
 
-def grid_stages(folder, preset, seeds):
-    """The tries of learning rates, of the cells and of the map's second reading, seed by seed."""
+def grid_stages(folder, preset, found=NOTHING):
+    """The tries of learning rates that are not found, seed by seed: those of the cells, then those
+    of the map's second reading."""
     stages = []
-    for seed in seeds:
+    of_cells, of_map = ([seed for seed in preset.grid_seeds if f"llama-{seed}" not in tried]
+                        for tried in (found["grid"], found["map"]["grid"]))
+    for seed in of_cells:
+        stages += plan.first_stages(folder, plan.grid_of(preset, seed))
+    for seed in of_map:
         part = plan.grid_of(preset, seed)
-        stages += [*plan.first_stages(folder, part), *the_map.grid_stages(folder, part)]
+        if seed not in of_cells:
+            stages += plan.first_stages(folder, part)[:2]   # its world and base model
+        stages += the_map.grid_stages(folder, part)
     return stages
 
 
@@ -44,9 +51,8 @@ def run(name, before=None):
     """
     preset, folder, at_once = plan.PRESETS[name], f"out/study-claims-{name}", pool.places()
     found = before or NOTHING
-    tries = [seed for seed in preset.grid_seeds if f"llama-{seed}" not in found["grid"]]
     seeds = [seed for seed in preset.seeds if f"llama-{seed}" not in found["cells"]]
-    first = grid_stages(folder, preset, tries)
+    first = grid_stages(folder, preset, found)
     guess = dict.fromkeys(ARMS, preset.rates[-1])      # not chosen yet
     later = pool.seconds_of(seed_stages(folder, preset, seeds, guess, guess))
     show(f"== the study claims: {at_once} commands at a time, in {folder}/; a line for each; in "

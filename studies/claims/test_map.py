@@ -16,8 +16,8 @@ from studies.claims import map as the_map
 from studies.claims import map_tables, memory, report, run
 from studies.claims.memory import GOOD, memorised, responses_of, token_logp, variations
 from studies.claims.plan import PRESETS, cells_of, value_of
-from studies.claims.results import (collect_tries, core_hours, whole_seeds, with_earlier,
-                                    with_sums)
+from studies.claims.results import (NOTHING, collect_tries, core_hours, whole_seeds,
+                                    with_earlier, with_sums)
 from studies.study import ARMS
 from support.common import UserError, write_text
 from support.tokenizer import IM_END, PAD
@@ -88,7 +88,7 @@ def test_a_run_of_the_map_has_its_pairs_and_its_updates():
 def test_the_estimates_of_full_fit_into_six_hours_on_two_cores():
     """Even if the second reading shares no run with the first."""
     preset, other = PRESETS["full"], dict.fromkeys(ARMS, "3e-4")
-    stages = run.grid_stages("out", preset, preset.grid_seeds)
+    stages = run.grid_stages("out", preset)
     stages += run.seed_stages("out", preset, preset.seeds, RATES, other)
     assert pool.seconds_of(stages) < 6 * 2 * 3600
 
@@ -108,17 +108,23 @@ def test_the_seeds_are_done_one_by_one_and_all_of_them():
     assert first == {f"{family}-0" for family in ("llama", "qwen2", "qwen3")}
 
 
-def test_the_grid_goes_seed_by_seed_and_a_seed_ends_with_the_table_of_the_map():
-    """By that file collect_tries knows a whole seed."""
+def test_the_tries_go_seed_by_seed_and_what_is_found_is_not_tried_again():
     preset = PRESETS["full"]
-    stages = run.grid_stages("out", preset, preset.grid_seeds)
-    names = [[name for _, name, _ in stage] for stage in stages]
-    assert len(names) == 14
-    for seed, part in ((0, names[:7]), (1, names[7:])):
-        assert part[-1] == [f"llama-{seed}/compare-val-map/grid"]
-        assert all(name.startswith(f"llama-{seed}/") for some in part for name in some)
-        tried = [name for some in part for name in some if "@" in name]
-        assert len(tried) == 4 * (len(preset.rates) + len(preset.map_rates))
+
+    def names(found):
+        stages = run.grid_stages("out", preset, found)
+        return [name for stage in stages for _, name, _ in stage]
+
+    every = names(NOTHING)
+    tables = [name for name in every if "compare" in name]
+    assert tables == [f"llama-{seed}/compare-{table}" for table, seed in (
+        ("val-grid/val", 0), ("test-grid/test", 0), ("val-grid/val", 1), ("test-grid/test", 1),
+        ("val-map/grid", 0), ("val-map/grid", 1))]
+    tried = [name for name in every if "@" in name]
+    assert len(tried) == 2 * 4 * (len(preset.rates) + len(preset.map_rates))
+    rest = names({"grid": {"llama-0": 1, "llama-1": 1}, "map": {"grid": {"llama-0": 1}}})
+    assert rest[:2] == ["llama-1/world", "llama-1/base"] and rest[2:] == every[2 - len(rest):]
+    assert len(rest) == 2 + 1 + 4 * len(preset.map_rates) + 1
 
 
 def test_a_later_sitting_adds_its_seeds_to_the_earlier_ones():
@@ -149,17 +155,18 @@ def tables_of(folder, cell, splits):
         write_text(folder / cell / split / "results.json", text)
 
 
-def test_tries_of_a_seed_count_once_all_its_tables_are_there_and_add_to_earlier_ones(tmp_path):
+def test_tries_count_once_all_their_tables_are_there_and_add_to_earlier_ones(tmp_path):
     tables_of(tmp_path, "llama-0", ("grid/val", "grid/test", "map/grid"))
-    tables_of(tmp_path, "llama-1", ("grid/val", "grid/test"))
+    tables_of(tmp_path, "llama-1", ("grid/val", "map/grid"))
     grid, of_map, origins = collect_tries(tmp_path)
-    assert grid == {"llama-0": dict.fromkeys(("val", "test"), {"sft@llama-0": {"x": {"value": 1}}})}
-    assert of_map == {"llama-0": {"val": grid["llama-0"]["val"]}}
-    assert [about["commit"] for about in origins] == ["llama-0"]
+    runs = {cell: {f"sft@{cell}": {"x": {"value": 1}}} for cell in ("llama-0", "llama-1")}
+    assert grid == {"llama-0": dict.fromkeys(("val", "test"), runs["llama-0"])}
+    assert of_map == {cell: {"val": runs[cell]} for cell in runs}
+    assert sorted({about["commit"] for about in origins}) == ["llama-0", "llama-1"]
     earlier = {"grid": {"llama-1": "a"}, "map": {"grid": {"llama-1": "b"}}}
     both, of_both, _ = collect_tries(tmp_path, earlier)
-    assert both == {"llama-1": "a", **grid} and of_both == {"llama-1": "b", **of_map}
-    assert set(earlier["grid"]) == {"llama-1"}
+    assert both == {"llama-1": "a", **grid} and of_both == of_map
+    assert earlier == {"grid": {"llama-1": "a"}, "map": {"grid": {"llama-1": "b"}}}
 
 
 def test_results_are_replaced_once_no_cell_gets_lost(tmp_path, monkeypatch):
