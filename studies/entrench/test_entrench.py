@@ -12,7 +12,8 @@ import torch
 from data import CAPABILITIES, WorldConfig, world_tokenizer
 from model import GPT, GPTConfig, generate
 from opct import Pairs, opct_step
-from studies.entrench import decoding, methods, organisms, report, run, settle
+from studies.entrench import (decoding, methods, organisms, report, run, settle, tables,
+                              verdicts)
 from studies.entrench.decoding import Bench, Truncated, beam_search, likelihood, truncated
 from studies.entrench.organisms import ORGANISMS, encoded, logp_of, records_of
 from studies.entrench.run import KINDS, eta, label_shift, runs_of
@@ -498,7 +499,7 @@ def made_up(change_of, seeds=3):
         flat = {"fifths": [0.5] * 5, "best": 0.5, "all": 0.5}
         return {"runs": runs, "way": [], "before": {
             "figures": {**figures(before), **{kind: {"value": 0.1} for kind in KINDS}},
-            "eta": dict.fromkeys(report.SCORES, flat)}}
+            "eta": dict.fromkeys(tables.SCORES, flat)}}
 
     cells = {f"{organism}-{seed}": {"base": {"figures": figures(0.0)}, "strengths": {
         str(i): strength(organism, before, 0.001 * seed) for i, before in enumerate((.1, .5, .9))}}
@@ -532,7 +533,7 @@ def sharpening(organism, run, before):
 
 
 def test_the_verdicts_on_results_that_are_known():
-    said = {finding: verdict for finding, _, verdict in report.findings(made_up(sharpening))}
+    said = {finding: verdict for finding, _, verdict in verdicts.findings(made_up(sharpening))}
     assert said["no selection gives most of the effect"] == "confirmed"
     assert said["eta(s) varies by less than 10 points"] == "confirmed"
     assert said["greedy: common rises, rare falls (ours)"] == "confirmed"
@@ -543,7 +544,7 @@ def test_the_verdicts_on_results_that_are_known():
     def rising(organism, run, before):
         return 0.0 if run == "sampling" else 0.08
 
-    said = {finding: verdict for finding, _, verdict in report.findings(made_up(rising))}
+    said = {finding: verdict for finding, _, verdict in verdicts.findings(made_up(rising))}
     assert said["reward hacking falls"] == "opposite" and said["sycophancy rises"] == "confirmed"
     assert said["the spurious correlation stays"] == "opposite"
 
@@ -564,14 +565,14 @@ def test_the_rates_are_chosen_by_their_rule():
 
 
 def test_a_wide_interval_does_not_say_that_a_rate_changes():
-    assert report.stays({"value": 10, "low": -40, "high": 60}) == "not confirmed"
-    assert report.stays({"value": 10, "low": 6, "high": 14}) == "opposite"
-    assert report.stays({"value": 1, "low": -1, "high": 3}) == "confirmed"
-    assert report.stays({"value": 1}) == "not confirmed"            # one seed
+    assert verdicts.stays({"value": 10, "low": -40, "high": 60}) == "not confirmed"
+    assert verdicts.stays({"value": 10, "low": 6, "high": 14}) == "opposite"
+    assert verdicts.stays({"value": 1, "low": -1, "high": 3}) == "confirmed"
+    assert verdicts.stays({"value": 1}) == "not confirmed"            # one seed
 
 
 def test_opposite_changes_of_two_strengths_do_not_cancel():
-    lines = report.changes_tables(made_up(sharpening)).splitlines()
+    lines = tables.changes_tables(made_up(sharpening)).splitlines()
     greedy = [line for line in lines if line.startswith("| greedy  ")]
     assert [line.split("|")[2].split()[0] for line in greedy] == ["-12", "+0", "+12"]
 
