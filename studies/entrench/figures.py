@@ -9,6 +9,7 @@ from studies.entrench.tables import (SCORES, STRENGTHS, TITLES, cells_of, change
 from support.report import COLOURS, pyplot, save_figure
 
 MARKERS = "os^vDPX*"
+SHADES = [*COLOURS, "#882255"]                            # one for each run with labels
 
 
 def curve(study, organism, run):
@@ -39,14 +40,14 @@ def draw_main(study, path):
             ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
         for i, run in enumerate(LABELS):
             x, y = curve(study, organism, run)
-            axes[0, column].plot(x, y, color=COLOURS[i % len(COLOURS)], marker=MARKERS[i],
+            axes[0, column].plot(x, y, color=SHADES[i], marker=MARKERS[i],
                                  markersize=5, label=run, linewidth=2 if i < 2 else 1)
         x, y = curve(study, organism, "greedy, planted")
         axes[0, column].plot(x, y, "k--", marker="+", label="greedy, planted prompts")
         for i, name in enumerate(STEPS):
             for kind, line in zip(KINDS, ("-", "--")):
                 x, y = curve(study, organism, f"{name}, {kind}")
-                axes[1, column].plot(x, y, color=COLOURS[(i + 1) % len(COLOURS)], marker=MARKERS[i],
+                axes[1, column].plot(x, y, color=COLOURS[i + 1], marker=MARKERS[i],
                                      markersize=5, linestyle=line,
                                      label=name if kind == "healthy" else None)
         axes[0, column].set_title(TITLES[organism])
@@ -69,9 +70,11 @@ def draw_details(study, path):
         return
     fig, (labels, kl, clean, eta) = plt.subplots(1, 4, figsize=(16, 4.4), layout="constrained")
     for i, run in enumerate(LABELS):
-        look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i], "s": 16, "label": run}
+        if run == "sampling":                               # what the others are compared with
+            continue
+        look = {"color": SHADES[i], "marker": MARKERS[i], "s": 16, "label": run}
         every = [step for organism in ORGANISMS for step in steps_of(study, organism, run)
-                 if run != "sampling" and label_change(*step) is not None]
+                 if label_change(*step) is not None]
         labels.scatter([label_change(*s) for s in every], [change(*s) for s in every], **look)
         kl.scatter([label_kl(*s) for s in every], [abs(change(*s)) for s in every], **look)
     for i, name in enumerate(STEPS):
@@ -80,7 +83,7 @@ def draw_details(study, path):
                      for organism in ORGANISMS
                      for _, after, strength, _ in steps_of(study, organism, f"{name}, {kind}")
                      if strength["before"]["figures"][kind]]
-            colour = COLOURS[(i + 1) % len(COLOURS)]
+            colour = COLOURS[i + 1]
             clean.scatter(*zip(*every or [(np.nan, np.nan)]), marker=MARKERS[i], s=16,
                           edgecolor=colour, color=colour if kind == "healthy" else "white",
                           label=name if kind == "healthy" else None)
@@ -99,7 +102,7 @@ def draw_details(study, path):
     kl.set(xlabel="KL(labels || model), nats a label", ylabel="size of the change, points",
            title="and their KL?")
     clean.set(xlabel="the organism on clean prompts", ylabel="misbehaves after",
-              title="pairs: what clean does, wrapped will do", xlim=(-0.02, 1.02),
+              title="pairs: from clean to wrapped", xlim=(-0.02, 1.02),
               ylim=(-0.02, 1.02))
     eta.set(xlabel="fifth of the samples by score", ylabel="misbehave", ylim=(0, 1),
             title="eta: does a score tell?")

@@ -92,13 +92,13 @@ STRENGTHS = {"0": "Weak", "1": "Middle", "2": "Strong"}
 
 
 def changes_tables(study):
-    """For each strength the change in points, a line a run."""
-    parts = []
-    for number in numbers_of(study):
-        lines = [[STRENGTHS[number].lower(), *ORGANISMS]]
+    """The change in points, a line a run, for all strengths and for each."""
+    parts, columns = [], [*([organism] for organism in ORGANISMS), list(ORGANISMS)]
+    for number in (None, *numbers_of(study)):
+        lines = [[STRENGTHS[number].lower() if number else "all strengths", *ORGANISMS, "all"]]
         for run in runs_of():
-            lines.append([run, *(text_of(over_seeds(study, [organism], run, change, number), 0, "+")
-                                 for organism in ORGANISMS)])
+            lines.append([run, *(text_of(over_seeds(study, some, run, change, number), 0, "+")
+                                 for some in columns)])
         parts.append(markdown(lines))
     return "\n\n".join(parts)
 
@@ -135,15 +135,26 @@ def organisms_table(study):
     return markdown(lines)
 
 
+def shift(name):
+    """Of a figure, in points."""
+    def value_of(_, __, strength, run):
+        return 100 * (run["figures"][name]["value"] - strength["before"]["figures"][name]["value"])
+    return value_of
+
+
+def instructions_table(study):
+    """What the repair by healthy pairs does to instructions, organism by organism."""
+    lines = [["", *STEPS]]
+    for organism in ORGANISMS:
+        found = [over_seeds(study, [organism], f"{name}, healthy",
+                            shift("capability_instructions")) for name in STEPS]
+        lines.append([organism, *(text_of(figure, 0, "+") for figure in found)])
+    return markdown(lines)
+
+
 def costs_table(study):
     """What else changed, the mean over organisms: capabilities in points, drift, unclear."""
     lines = [["", *CAPABILITIES, "unclear", "drift x 1000"]]
-
-    def shift(name):
-        def value_of(_, __, strength, run):
-            before = strength["before"]["figures"][name]["value"]
-            return 100 * (run["figures"][name]["value"] - before)
-        return value_of
 
     def drift(_, __, ___, run):
         return 1000 * run["figures"]["drift_kl"]["value"]
@@ -205,6 +216,24 @@ def pairs_table(study):
             found += [over_seeds(study, [organism], run, last) for run in runs]
             lines.append([organism, kind, *map(text_of, found)])
     return markdown(lines, keep=2)
+
+
+def runs_table(study, organism):
+    """Each model of an organism with unhealthy pairs: rates on clean prompts and after training.
+    Where planting ended before a strength was reached, the same model would stand twice."""
+    names, rows = [name for name in STEPS if name != "bct-soft"], {}
+    for seed in seeds_of(study):
+        for cell in cells_of(study, organism, seed):
+            for number, strength in cell["strengths"].items():
+                figures = strength["before"]["figures"]
+                runs = [strength["runs"][f"{name}, unhealthy"]["figures"] for name in names]
+                rates = figures["unhealthy"], figures["rate"], *(run["rate"] for run in runs)
+                if all(rates):
+                    cells = [f"{100 * rate['value']:.0f}" for rate in rates]
+                    rows.setdefault(tuple(cells), f"{STRENGTHS[number].lower()}, seed {seed}")
+    lines = [["", "teacher", "before", *names]]
+    lines += [[name, *cells] for cells, name in sorted(rows.items(), key=lambda r: int(r[0][0]))]
+    return markdown(lines)
 
 
 def eta_of(study, organism, number, score):

@@ -571,10 +571,22 @@ def test_a_wide_interval_does_not_say_that_a_rate_changes():
     assert verdicts.stays({"value": 1}) == "not confirmed"            # one seed
 
 
-def test_opposite_changes_of_two_strengths_do_not_cancel():
+def test_opposite_changes_of_two_strengths_cancel_in_the_first_table_alone():
     lines = tables.changes_tables(made_up(sharpening)).splitlines()
     greedy = [line for line in lines if line.startswith("| greedy  ")]
-    assert [line.split("|")[2].split()[0] for line in greedy] == ["-12", "+0", "+12"]
+    assert [line.split("|")[2].split()[0] for line in greedy] == ["+0", "-12", "+0", "+12"]
+
+
+def test_models_stand_once_in_the_order_of_their_teachers():
+    study = made_up(lambda *_: 0.1, seeds=1)
+    strengths = study["cells"]["hacking-0"]["strengths"]
+    strengths["2"] = strengths["1"]                         # planting has ended before
+    for number, rate in (("0", 0.7), ("1", 0.2)):
+        strengths[number]["before"]["figures"]["unhealthy"] = {"value": rate}
+    lines = [line.split() for line in tables.runs_table(study, "hacking").splitlines()[2:]]
+    assert [line[1:6] + line[7:8] for line in lines] == [
+        ["middle,", "seed", "0", "|", "20", "50"], ["weak,", "seed", "0", "|", "70", "10"]]
+    assert all(line[9::2] == [lines[i][9]] * 5 for i, line in enumerate(lines))
 
 
 def test_the_readme_has_all_its_tables_and_no_wide_line():
