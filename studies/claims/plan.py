@@ -48,8 +48,7 @@ class Preset:
     grid_seeds: tuple = (0, 1)                              # of llama, for all learning rates
     map_seeds: tuple = (0, 1, 2, 3, 4)                      # of llama
     own: tuple = (24, 60)                                   # the point of the cells
-    map_points: tuple = ((3, 60), (3, 240), (3, 480), (24, 60), (24, 240),
-                         (24, 480))
+    map_points: tuple = ((3, 60), (3, 240), (3, 480), (24, 60), (24, 240), (24, 480))
     map_second: tuple = (3, 240)                            # the point of the second reading
     map_rates: tuple = ("1e-4", "3e-4", "6e-4", "1e-3")     # that are tried there
     map_tries: int = 240                                    # responses for each good_*
@@ -68,7 +67,7 @@ PRESETS = {
     # All questions with few seeds and points: about an hour on 2 CPU cores.
     "quick": Preset(seeds=(0, 1), more_seeds=(), grid_seeds=(0,), map_seeds=(0, 1),
                     map_points=((3, 60), (3, 240), (24, 60))),
-    # The study of the README: 5 to 6 hours on 2 CPU cores.
+    # The study of the README: 5 to 10 hours on 2 CPU cores.
     "full": Preset()}
 
 

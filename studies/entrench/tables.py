@@ -230,10 +230,10 @@ def runs_table(study, organism):
                 rates = figures["unhealthy"], figures["rate"], *(run["rate"] for run in runs)
                 if all(rates):
                     cells = [f"{100 * rate['value']:.0f}" for rate in rates]
-                    rows.setdefault(tuple(cells), f"{STRENGTHS[number].lower()}, seed {seed}")
-    lines = [["", "teacher", "before", *names]]
-    lines += [[name, *cells] for cells, name in sorted(rows.items(), key=lambda r: int(r[0][0]))]
-    return markdown(lines)
+                    name = f"{STRENGTHS[number].lower()}, seed {seed}"
+                    rows.setdefault((seed, *cells), [name, *cells])
+    return markdown([["", "teacher", "before", *names],
+                     *sorted(rows.values(), key=lambda row: int(row[1]))])
 
 
 def eta_of(study, organism, number, score):
