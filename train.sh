@@ -47,11 +47,11 @@ case $preset in
     quick) # the whole comparison on a laptop's CPU
         base="--steps 1700 --rows 24 --layers 4 --width 128 --lr 1e-2"
         runs="--steps 60 --batch 32 --samples 4"; minutes=("4 to 10" 0.7 1) ;;
-    full)  # a larger world and model, for one GPU; times of an H100 that had other work, too
+    full)  # a larger world and model, for one GPU; minutes of an H100
         world="--cities 240 --lands 32 --recipes 120 --things 120 --largest 99 --steps 4 \
 --pairs 240 --tests 480"
         base="--steps 2000 --rows 128 --layers 8 --width 256 --lr 5e-3"
-        runs="--steps 100 --batch 64 --samples 4"; minutes=(4 1 1) ;;
+        runs="--steps 100 --batch 64 --samples 4"; minutes=(2.5 0.5 0.5) ;;
 esac
 out=out/$preset
 stage() { echo; echo "== $2 (about $1 min)"; "${@:3}"; }

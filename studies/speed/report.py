@@ -17,6 +17,16 @@ def count(number):
     return f"{number:,.0f}"
 
 
+def rate(speed):
+    """1,234 tokens/s, or 12.3."""
+    return count(speed) if speed >= 100 else f"{speed:.1f}"
+
+
+def duration(seconds):
+    """12.3 s, or 45 ms."""
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds * 1e3:.0f} ms"
+
+
 def percent(share):
     return f"{100 * share:.0f} %"
 
@@ -170,8 +180,7 @@ def real_sampler_table(real):
     for row in real["sampler"]:
         speeds = row["tokens_per_second"]
         theirs = speeds.get("transformers")
-        lines.append([count(row["batch"]), f"{speeds['ours']:.1f}",
-                      f"{theirs:.1f}" if theirs else "-",
+        lines.append([count(row["batch"]), rate(speeds["ours"]), rate(theirs) if theirs else "-",
                       f"{speeds['ours'] / theirs:.1f}" if theirs else "-", f"{row['floor']:.2f}"])
     return markdown(lines)
 
@@ -189,7 +198,7 @@ def real_update_table(real):
         trl, cells = row["trl"], ["-", "-", "-"]
         if "missing" not in trl:
             mine, other = (sum(s) / len(s) for s in (trl["ours"], trl["theirs"]))
-            cells = [f"{mine:.1f}", f"{other:.1f}", f"{over_trl(trl):.1f}"]
+            cells = [f"{mine:.2f}", f"{other:.2f}", f"{over_trl(trl):.1f}"]
         for who in ("ours", "theirs"):
             found = taken(row, who)
             cells.append(f"{found / 1e9:.1f}" if found else "-")
@@ -202,7 +211,7 @@ def real_parts_table(real):
     lines = [["update", *rows[0]["parts"]]]
     for row in rows:
         total = sum(row["parts"].values())
-        lines.append([case_name(row["case"]), *(f"{seconds:.1f} s, {percent(seconds / total)}"
+        lines.append([case_name(row["case"]), *(f"{duration(seconds)}, {percent(seconds / total)}"
                                                 for seconds in row["parts"].values())])
     return markdown(lines)
 
@@ -213,7 +222,7 @@ def real_growth_table(real):
     for row in real["growth"]:
         case = row["case"]
         tokens = case["pairs"] * (case["prompt"] + case["samples"] * case["new"])
-        lines.append([case_name(case), count(tokens), f"{row['seconds']:.1f}",
+        lines.append([case_name(case), count(tokens), f"{row['seconds']:.2f}",
                       f"{1e3 * row['seconds'] / tokens:.1f}"])
     return markdown(lines)
 
@@ -233,35 +242,34 @@ def real_blocks(study):
 # --- In short, for the main README -----------------------------------------------------------
 
 
-def times(ratios):
-    """2.1, or 1.5, 2.0 and 2.2."""
-    *first, last = [f"{ratio:.1f}" for ratio in ratios]
-    return f"{', '.join(first)} and {last}" if first else last
+def at_batches(rows, batches):
+    """Ours over transformers' at these batches; nothing where it was not measured."""
+    return ratios([row for row in rows if row["batch"] in batches], "transformers")
 
 
-def in_short(study):
-    """Ratios taken side by side in one run; what was not measured is left out."""
-    lines, sampler, real = [], study["sampler"], study["real"]
-    trl = study["training"].get("trl", {})
-    batches = ratios(sampler["compared"], "transformers")
-    if batches:
-        lines.append(f"sampler beside transformers {sampler['transformers']}: {times(batches)} "
-                     f"times at batch {listed(row['batch'] for row in sampler['compared'])}")
-    batches = ratios(real.get("sampler", []), "transformers")
-    if batches:
-        lines.append(f"the same on {BASE.name}: {times(batches)} times at batch "
-                     f"{listed(row['batch'] for row in real['sampler'])}")
-    if "ours" in trl:
-        lines.append(f"an update beside TRL {trl['version']}'s: {over_trl(trl):.1f} times")
+def short_column(study, batches, real_batches):
+    """The ratios of one machine, a cell for each row of the table; "-" where there are none."""
+    real, trl = study["real"], study["training"]["trl"]
     rows = [row for row in real.get("updates", []) if "ours" in row["trl"]]
-    if rows:
-        speeds = [over_trl(row["trl"]) for row in rows]
-        lines.append(f"the same on {BASE.name}, short prompts, long ones, LoRA: {times(speeds)}")
-        memory = [[taken(row, who) / row["least_bytes"] for row in rows if taken(row, who)]
-                  for who in ("ours", "theirs")]
-        lines.append(f"its memory over the least in float32: {times(memory[0])} times; TRL's: "
-                     f"{times(memory[1])}")
-    return "\n".join(f"- {line}" for line in lines)
+    found = [at_batches(study["sampler"]["compared"], batches),
+             at_batches(real.get("sampler", []), real_batches),
+             [over_trl(trl)] if "ours" in trl else [], [over_trl(row["trl"]) for row in rows]]
+    found.append([taken(row, "theirs") / taken(row, "ours") for row in rows
+                  if taken(row, "theirs")])
+    return [", ".join(f"{ratio:.1f}" for ratio in cell) or "-" for cell in found]
+
+
+def in_short(studies):
+    """A table of ratios, each taken side by side in one run: a column for each machine's study."""
+    batches, real_batches = ([row["batch"] for row in rows] for rows in (
+        studies[0]["sampler"]["compared"], studies[0]["real"].get("sampler", [])))
+    labels = [f"sampler / transformers', batch {listed(batches)}",
+              f"the same, SmolLM2, batch {listed(real_batches)}",
+              "update / TRL's", "the same, SmolLM2: short prompts, long, LoRA",
+              "TRL's memory / its memory"]
+    columns = [short_column(study, batches, real_batches) for study in studies]
+    return markdown([["", *(study["about"]["machine"] for study in studies)],
+                     *zip(labels, *columns)])
 
 
 def listed(numbers):
@@ -274,7 +282,7 @@ def listed(numbers):
 def about_line(study):
     a = study["about"]
     return (f"`{a['command']}`, {a['date']}, commit {a['commit']}, {a['machine']}, "
-            f"CPU threads: {a['threads']}, torch {a['torch']}{a.get('note', '')}.")
+            f"CPU threads: {a['threads']}, torch {a['torch']}.")
 
 
 def rates_line(study):
@@ -282,7 +290,7 @@ def rates_line(study):
     parts = []
     for name in ("sampler", "real", "training"):
         rates = study[name].get("rates")
-        if not rates:
+        if not rates:                                       # there was no real model
             continue
         parts.append(f"{rates['flops'] / 1e9:,.0f} GFLOP/s and {rates['bytes'] / 1e9:,.1f} GB/s "
                      f"({name})")
@@ -290,12 +298,8 @@ def rates_line(study):
 
 
 def training_blocks(study):
-    """What is said of updates and pretraining, or why there is nothing."""
+    """What is said of updates and pretraining."""
     training = study["training"]
-    if "missing" in training:
-        names = ("responses", "updates", "pretraining", "compile", "trl")
-        missing = f"Not measured in this run: {training['missing']}."
-        return {**dict.fromkeys(names, missing), "in_short": "Updates were not measured."}
     sampling = training["updates"][0]["seconds"]
     shares = [row["share"] for row in training["pretraining"]["rows"]]
     trl_answer, trl = beside_trl(study)
@@ -350,11 +354,11 @@ def publish(study=None):
     results are taken over."""
     if study is not None:
         write_all(study, FOLDER / "gpu" if study["about"]["preset"] == "full" else FOLDER)
-    for folder in (FOLDER, FOLDER / "gpu"):
-        if (folder / "results.json").exists():
-            write_all(read(folder), folder)
-    if (FOLDER / "results.json").exists():
-        write_text(MAIN, fill(MAIN.read_text(), "speed", in_short(read(FOLDER))))
+    there = [folder for folder in (FOLDER, FOLDER / "gpu") if (folder / "results.json").exists()]
+    for folder in there:
+        write_all(read(folder), folder)
+    if there:
+        write_text(MAIN, fill(MAIN.read_text(), "speed", in_short(list(map(read, there)))))
 
 
 def write_all(study, folder):

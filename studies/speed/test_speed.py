@@ -61,6 +61,7 @@ def test_smoke_end_to_end_and_taking_it_over(tmp_path, monkeypatch):
 
 def test_a_real_model_is_measured_where_its_folder_is(tmp_path, monkeypatch):
     monkeypatch.setattr(real, "SHARED", 6)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")          # for the processes that it starts
     save_checkpoint(tiny_gpt(vocab=40, dtype=torch.float32), tmp_path)
     preset, device = run.PRESETS["smoke"], torch.device("cpu")
     found = json.loads(json.dumps(
@@ -120,16 +121,21 @@ def test_the_ratios_of_the_main_readme_by_hand():
     memory = {"ours": {"peak": 35, "libraries": 5}, "theirs": {"peak": 55, "libraries": 10}}
     updates = [{"trl": {"ours": [1.0, 3.0], "theirs": [8.0, 2.0]}, "peak_bytes": memory,
                 "least_bytes": 20}] * 2
-    study = {"sampler": {"compared": rows, "transformers": "5"}, "training": {"trl": {
-        "ours": [1.0], "theirs": [2.4], "version": "1"}}, "real": {"sampler": rows,
-                                                                   "updates": updates}}
-    lines = report.in_short(study).splitlines()
-    assert lines[0] == "- sampler beside transformers 5: 1.5 and 3.0 times at batch 1, 2"
-    assert lines[2] == "- an update beside TRL 1's: 2.4 times"
-    assert lines[3].endswith("LoRA: 2.5 and 2.5")
-    assert lines[4].endswith("1.5 and 1.5 times; TRL's: 2.2 and 2.2")
-    study |= {"real": {"missing": "x"}, "training": {"missing": "x"}}
-    assert report.in_short(study).splitlines() == lines[:1]
+    small = {"about": {"machine": "slow"}, "sampler": {"compared": rows},
+             "training": {"trl": {"ours": [1.0], "theirs": [2.4]}},
+             "real": {"sampler": rows, "updates": updates}}
+    none = {"about": {"machine": "fast"}, "sampler": {"compared": [{"batch": 1,
+            "tokens_per_second": {"ours": 1.0}}]}, "training": {"trl": {"missing": "x"}},
+            "real": {"missing": "x"}}
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]]
+             for line in report.in_short([small, none]).splitlines()]
+    assert lines[0] == ["", "slow", "fast"] and lines[2][0].endswith("batch 1, 2")
+    assert [line[1] for line in lines[2:]] == ["1.5, 3.0", "1.5, 3.0", "2.4", "2.5, 2.5",
+                                               "1.5, 1.5"]
+    assert {line[2] for line in lines[2:]} == {"-"}
+    # A machine that was measured at other batches shows those of the first one.
+    other = {**small, "sampler": {"compared": rows[1:]}}
+    assert report.in_short([other, small]).count("| 3.0") == 2
 
 
 def test_words_type_no_numbers():
@@ -143,7 +149,8 @@ def test_the_readme_is_made_from_the_committed_results():
     words = (report.FOLDER / "words.md").read_text()
     text, study = (report.FOLDER / "README.md").read_text(), report.read(report.FOLDER)
     assert report.readme(study, words) == text
-    assert report.in_short(study) in report.MAIN.read_text()
+    studies = [study, report.read(report.FOLDER / "gpu")]
+    assert report.in_short(studies) in report.MAIN.read_text()
 
 
 def test_the_page_of_the_gpu_is_made_from_its_results():
