@@ -51,7 +51,8 @@ from support.pairs import pair_transcripts, read_jsonl, shares
 from support.report import table
 from support.runs import read_log, weights_hash
 from support.statistics import ausc, best_of, rate, ratio
-from support.tokenizer import TOKENIZER, chat, check_vocabulary, decode, load_tokenizer
+from support.tokenizer import (TOKENIZER, chat, chat_all, check_vocabulary, decode,
+                               load_tokenizer)
 
 MAX_NEW_TOKENS = 64
 ORDER = ("sycophancy", "bias_reliance", "accuracy_biased", "accuracy_right_hint",
@@ -64,7 +65,6 @@ PAIRS_ORDER = ("kl_wrapped", "kl_clean", "agreement", *(
 
 
 # --- Measuring one checkpoint ----------------------------------------------------------------
-
 
 def batches(model, prompts):
     """The places of the prompts, those of like length together, so many at a time."""
@@ -177,7 +177,6 @@ def evaluate(model, base, tokenizer, world, records, split, attempts, seed, form
 
 # --- A chat model on pairs of one's own --------------------------------------------------------
 
-
 def evaluate_pairs(model, base, tokenizer, records, max_new_tokens=64, seed=0):
     """The figures of one checkpoint on pairs, see above, and its answers as `shares` takes them."""
     clusters, answers, figures = [repr(r["clean"]) for r in records], {}, {}
@@ -199,7 +198,6 @@ def evaluate_pairs(model, base, tokenizer, records, max_new_tokens=64, seed=0):
 
 # --- Reporting -------------------------------------------------------------------------------
 
-
 def transcripts(records, responses):
     """The first two wrapped prompts of each axis that the base fails, with all answers."""
     base, out = next(iter(responses)), []
@@ -214,8 +212,9 @@ def transcripts(records, responses):
 
 # --- Commands --------------------------------------------------------------------------------
 
-def same_world(folders, world):
-    """The hashes of the weights. A damaged checkpoint is refused here, not after the first hour."""
+def check_world(folders, world):
+    """Raises UserError where a checkpoint is damaged or has learnt another world: now, not after
+    the first hour. Returns the hashes of their weights."""
     models = [load_checkpoint(folder) for folder in folders]
     for folder, model in zip(folders, models):
         one, other = (read_text(Path(x) / TOKENIZER, "make it again") for x in (folder, world))
@@ -227,13 +226,14 @@ def same_world(folders, world):
 
 
 def compare(args):
-    device, world, out = pick_device(args.device), load_world(args.world), Path(args.out)
+    device, world = pick_device(args.device), load_world(args.world)
     tokenizer = load_tokenizer(args.world)
     records = world.records(args.split)
-    out.mkdir(parents=True, exist_ok=True)
-    same_world(args.checkpoints, args.world)
     columns = {name: (folder, "wrapped") for name, folder in columns_of(args.checkpoints).items()}
     columns["teacher"] = (args.checkpoints[0], "clean")
+    check_world(args.checkpoints, args.world)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
     base, runs, responses, kl = load_checkpoint(args.checkpoints[0], device), {}, {}, {}
     for name, (folder, form) in columns.items():
         began, model = time.time(), load_checkpoint(folder, device)
@@ -268,11 +268,13 @@ def pairs(args):
     device, records, runs, answers = pick_device(args.device), read_jsonl(args.pairs), {}, {}
     columns, first = columns_of(args.checkpoints), args.checkpoints[0]
     base, tokenizer = load_checkpoint(first, device), load_tokenizer(first)
-    prompts = [r[form] for r in records for form in ("clean", "wrapped")]
-    tokens = [chat(tokenizer, prompt) for prompt in prompts]
+
+    def prompts_of(tokenizer, model):
+        return [chat_all(tokenizer, model, records, form, args) for form in ("clean", "wrapped")]
+
+    prompts = prompts_of(tokenizer, base)
     for folder in args.checkpoints[1:]:
-        own = load_tokenizer(folder)
-        if [chat(own, prompt) for prompt in prompts] != tokens:
+        if prompts_of(load_tokenizer(folder), base) != prompts:
             raise UserError(f"{folder} has another tokenizer or template than {first}")
     out = Path(args.out or f"{Path(args.pairs).stem}-eval")
     out.mkdir(parents=True, exist_ok=True)
@@ -280,6 +282,7 @@ def pairs(args):
         began = time.time()
         model = base if folder == first else load_checkpoint(folder, device)
         check_vocabulary(tokenizer, model, folder)
+        prompts_of(tokenizer, model)                        # its context may be shorter
         runs[name], answers[name] = evaluate_pairs(model, base, tokenizer, records,
                                                    args.max_new_tokens, args.seed)
         show(f"  {name}: {len(records)} pairs in {time.time() - began:.0f} s")

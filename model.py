@@ -1,5 +1,4 @@
-"""
-A small GPT of the Llama shape: the model, its KV cache, the sampler, checkpoints.
+"""A small GPT of the Llama shape: the model, its KV cache, the sampler, checkpoints.
 
     idx (B, T) -> embed_tokens -> [ x += self_attn(norm(x)); x += mlp(norm(x)) ] * layers
                -> norm -> lm_head -> logits (B, T, V)
@@ -331,7 +330,7 @@ def prefill(model, prompts, noise):
     return Batch(rows, noise.to(device)[rows], padding, visible, ended, cache), torch.cat(logits)
 
 
-def decode(model, batch):
+def decode_step(model, batch):
     """Adds the last token of each row to the cache. Returns the logits (B, V) of the next one."""
     if batch.token.is_cuda:             # to start the kernels one by one takes longer than they do
         batch.graph = batch.graph or DecodeGraph(model, batch)
@@ -363,7 +362,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None, no
     Args:
         prompts: a list of B lists of token ids.
         temperature: 1 samples what the model says, as training needs; 0 takes the likeliest.
-        generator: a torch.Generator on the CPU; the same state gives the same responses.
+        generator: a torch.Generator on the CPU (default: torch's); it decides the responses.
         noise: (B, max_new_tokens) uniform in [0, 1), instead of draws from the generator.
     Returns response (B, T) token ids and mask (B, T) bool, T <= max_new_tokens: True on the
     response, its end token included. A response cut at the limit is kept, without an end token.
@@ -384,7 +383,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None, no
                 drop_ended(batch)
             if t + 1 == max_new_tokens or len(batch.rows) == 0:
                 break
-            logits = decode(model, batch)
+            logits = decode_step(model, batch)
     end = torch.isin(response[:, :t + 1], ends)
     mask = end.cumsum(1) - end.long() == 0                              # no end before this token
     return response[:, :t + 1].masked_fill(~mask, config.pad_token_id or 0), mask

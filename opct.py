@@ -314,15 +314,14 @@ def consistency(config, stage):
     config = with_defaults(config, student)
     settings = runs.run_settings(config, stage, teacher=runs.weights_hash(teacher), pairs=records)
     records = controlled(records, config)
-    room = student.config.max_position_embeddings - config.max_new_tokens
-    clean, wrapped = (chat_all(tokenizer, [r[form] for r in records], room, config)
-                      for form in ("clean", "wrapped"))     # each prompt `samples` times
+    clean, wrapped = ([prompt for prompt in chat_all(tokenizer, student, records, form, config)
+                       for _ in range(config.samples)] for form in ("clean", "wrapped"))
     if not runs.open_run(config.out, settings, tokenizer):
         return
     say(runs.first_screen(stage, config, records, student, teacher))
     if stage == "sft":
         response, mask = (given_responses(tokenizer, student, records, config)
-                          or offline_responses(student, clean, config))  # still the teacher
+                          or offline_responses(teacher, clean, config))
     take_step = {"sft": sft_step, "opct": opct_step}[stage]
 
     def step_of(step):

@@ -11,6 +11,7 @@ die() { echo "error: $1" >&2; exit 2; }
 
 job=${1:-main}
 case $job in
+    -h|--help) sed -n '2,7s/^# \?//p' train.sh; exit ;;
     test)  preset=auto; most=1 ;;
     study) preset=${3:-auto}; most=3; study=${2:-}
            [[ -f studies/$study/__main__.py ]] || die "no study '$study': see studies/" ;;
@@ -19,10 +20,9 @@ esac
 [[ $preset =~ ^(auto|smoke|quick|full)$ ]] || die "unknown preset '$preset': smoke, quick or full"
 [ $# -le $most ] || die "too many arguments: see the top of train.sh"
 
-# This Python if it has the packages (Muon: torch 2.9 or newer), else one of our own in .venv.
+# This Python if it has the packages (a test wants torch.optim.Muon), else one of our own in .venv.
 packages="import torch, tiktoken, numpy, safetensors, pytest, matplotlib; torch.optim.Muon"
-python=python3
-$python -c "$packages" 2>/dev/null || python=.venv/bin/python
+python3 -c "$packages" 2>/dev/null && python=python3 || python=.venv/bin/python
 if ! $python -c "$packages" 2>/dev/null; then
     echo "== setting up .venv (once; torch is the largest part)"
     python3 -m venv .venv || die "no virtual environment: install python3-venv"

@@ -1,5 +1,4 @@
-"""
-Runs commands side by side, skips those that finished before, and shows the time left.
+"""Runs commands side by side, skips those that finished before, and shows the time left.
 
 A study is a list of stages. The commands of one stage do not need each other's results.
 """

@@ -13,7 +13,6 @@ ARMS = {"sft": ("sft", "sampled"), "sft-exact": ("sft", "exact"),
 
 # --- The command line ------------------------------------------------------------------------
 
-
 def parser_of(name, text):
     """The parser of `python -m studies.NAME`, which shows the text as it is."""
     return argparse.ArgumentParser(prog=f"python -m studies.{name}", description=text,
@@ -32,7 +31,6 @@ def check_preset(name, presets):
 
 # --- Results ---------------------------------------------------------------------------------
 
-
 def joined(origins):
     """Where measurements come from: key -> all its values, such as two dates."""
     return {key: " and ".join(dict.fromkeys(value for one in origins
@@ -41,7 +39,6 @@ def joined(origins):
 
 
 # --- The page ----------------------------------------------------------------------------------
-
 
 def committed(folder):
     """The results that a study's page is made from."""

@@ -19,7 +19,6 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 # --- Reading -----------------------------------------------------------------------------------
 
-
 def read_checkpoint(folder, families, device, dtype):
     """Reads a folder, its weights straight into a dtype.
 
@@ -28,6 +27,9 @@ def read_checkpoint(folder, families, device, dtype):
     Raises UserError: the folder is missing, damaged, or of a kind that is not computed here.
     """
     folder, hint = Path(folder), f"{folder} is damaged, get or make it again"
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}; nothing is downloaded: `hf download NAME "
+                        "--local-dir FOLDER` gets a model of the Hugging Face hub")
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is no finished checkpoint: it has no config.json")
     original = read_json(folder / "config.json", hint)
@@ -203,7 +205,6 @@ def llama3_frequency(frequency, scaling):
 
 
 # --- Writing -----------------------------------------------------------------------------------
-
 
 def write_checkpoint(folder, config, weights, origin):
     """Writes the config first and the weights last: where they are, the checkpoint is whole.

@@ -17,7 +17,6 @@ from safetensors import SafetensorError
 
 # --- Errors and flags ------------------------------------------------------------------------
 
-
 class UserError(Exception):
     """Something that the user can fix; the message says what is wrong and what to do."""
 
@@ -31,8 +30,11 @@ def guarded(main):
         main()
     except BrokenPipeError:                                 # `python data.py | head`
         silence()
-    except (UserError, OSError) as error:
+    except UserError as error:
         stop(error)
+    except OSError as error:
+        text = f"cannot use {error.filename} ({error.strerror}): choose another"
+        stop(text if error.filename else error)
     except (MemoryError, RuntimeError) as error:
         words = str(error).lower()
         if not isinstance(error, MemoryError) and "memory" not in words:
@@ -117,7 +119,6 @@ class Parser(argparse.ArgumentParser):
 
 # --- Random numbers: functions of a key such as (seed, step), so a resumed run draws the same ----
 
-
 def number_of(key):
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big")
 
@@ -133,7 +134,6 @@ def generator(*key):
 
 
 # --- Files -----------------------------------------------------------------------------------
-
 
 def write_atomically(path, write):
     """Calls write(temporary path), then renames: a reader sees the old file or the new one."""
@@ -186,7 +186,6 @@ def read_json(path, hint, kind=dict, parse_float=None):
 
 
 # --- The machine ------------------------------------------------------------------------------
-
 
 def pick_device(name=None):
     """The device of that name, by default CUDA where there is one. Raises UserError."""

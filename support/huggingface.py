@@ -157,7 +157,6 @@ def is_nfc(normalizer):
 
 # --- Pre-tokenizers: how a text is cut into pieces ---------------------------------------------
 
-
 class Step(NamedTuple):
     """One pre-tokenizer. `pattern` None cuts nothing; `gaps`: what no match covers is kept too."""
     pattern: regex.Pattern = None
@@ -212,7 +211,6 @@ def step_of(stored):
 
 # --- Merges ----------------------------------------------------------------------------------
 
-
 def ranks_of(tokens, merges):
     """The tokens that merging can reach, bytes -> id, for tiktoken.
 
@@ -251,7 +249,6 @@ def meet(left, right, limit, ranks, halves):
 
 
 # --- Files -----------------------------------------------------------------------------------
-
 
 def read_tokenizer(folder):
     """The tokenizer of a Hugging Face checkpoint, with its chat template.

@@ -1,5 +1,4 @@
-"""
-LoRA (2106.09685): W x becomes W x + LORA_SCALE * B A x, and only A and B are trained.
+"""LoRA (2106.09685): W x becomes W x + LORA_SCALE * B A x, and only A and B are trained.
 
     add_lora(model, rank, seed)     # freezes W; A is random, B zero: the same function as before
     with without_lora(model):       # the teacher: the model as it was, on the same weights

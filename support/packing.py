@@ -7,7 +7,8 @@ import torch
 from support.common import UserError
 from support.tokenizer import document_tokens
 
-ROW = 128       # tokens in a packed row; attention is quadratic in it
+ROW = 128       # tokens in a row of documents; attention is quadratic in it
+LONG = 1024     # responses to one prompt share a row up to so many tokens
 
 
 @dataclass
@@ -98,15 +99,30 @@ def pack_responses(prompts, responses):
     sharing = {}                                            # prompt -> its responses
     for i, prompt in enumerate(prompts):
         sharing.setdefault(tuple(prompt), []).append(i)
-    groups = [(prompt, [responses[i] for i in some]) for prompt, some in sharing.items()]
+    shared = [(prompt, part) for prompt, some in sharing.items()
+              for part in parts_of(some, responses, LONG - len(prompt))]
+    groups = [(prompt, [responses[i] for i in some]) for prompt, some in shared]
     # Two of the longest share a row, where that keeps rows short: less padding.
     lengths = [len(prompt) + sum(map(len, grown)) for prompt, grown in groups]
     short = max(lengths) <= ROW
     packed = pack(groups, min(2 * max(lengths), sum(lengths)) if short else max(lengths))
     where = [None] * len(prompts)
-    for start, (prompt, some) in zip(packed.starts, sharing.items()):
+    for start, (prompt, some) in zip(packed.starts, shared):
         last = at = start + len(prompt) - 1
         for i in some:
             where[i] = [last, *range(at + 1, at + len(responses[i]))]
             at += len(responses[i])
     return packed, [index for some in where for index in some]
+
+
+def parts_of(some, responses, room):
+    """Divides responses into parts of at most `room` tokens, or of one response. To compute their
+    prompt once more costs less than a long row."""
+    parts, used = [], 0
+    for i in some:
+        if not parts or used + len(responses[i]) > room:
+            parts.append([])
+            used = 0
+        parts[-1].append(i)
+        used += len(responses[i])
+    return parts

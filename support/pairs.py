@@ -13,14 +13,21 @@ def write_jsonl(path, records):
     write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
 
 
-def is_pair(record):
-    """Whether a record is a contrastive pair; other fields that it has are left alone."""
+def check_pair(record):
+    """Raises ValueError or UserError where a record is no contrastive pair; other fields that it
+    has are left alone."""
+    if not isinstance(record, dict) or not {"clean", "wrapped"} <= record.keys():
+        raise ValueError('it wants {"clean": "...", "wrapped": "..."}')
     for form in ("clean", "wrapped"):
+        if not record[form]:
+            raise ValueError(f'"{form}" is empty')
         messages_of(record[form])
-    lists = [record[name] for name in ("expect", "avoid") if name in record]
-    return (record["clean"] and record["wrapped"] and isinstance(record.get("response", ""), str)
-            and all(isinstance(some, list) and all(isinstance(s, str) and s for s in some)
-                    for some in lists))
+    if not isinstance(record.get("response", ""), str):
+        raise ValueError('"response" is no string')
+    for name in ("expect", "avoid"):
+        some = record.get(name, [])
+        if not isinstance(some, list) or not all(isinstance(s, str) and s for s in some):
+            raise ValueError(f'"{name}" is no list of strings')
 
 
 def read_jsonl(path):
@@ -28,17 +35,15 @@ def read_jsonl(path):
     list of messages; "response", "expect" and "avoid" may stand beside them."""
     records = []
     lines = read_text(path, "it has to hold pairs, one JSON object a line").split("\n")
-    for number, line in enumerate(lines[:-1] if lines[-1] == "" else lines, 1):
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             record = json.loads(line)
             json.dumps(record, ensure_ascii=False).encode()     # refuses half a surrogate pair
-            whole = is_pair(record)
-        except (ValueError, KeyError, TypeError, RecursionError, UserError):
-            whole = False
-        if not whole:
-            raise UserError(f'{path}, line {number} is no pair: it wants {{"clean": "...", '
-                            '"wrapped": "..."}, each a string or a list of messages; "response" '
-                            'is a string, "expect" and "avoid" are lists of strings')
+            check_pair(record)
+        except (ValueError, RecursionError, UserError) as error:
+            raise UserError(f"{path}, line {number} is no pair: {error}") from error
         records.append(record)
     if not records:
         raise UserError(f"{path} holds no pairs")
@@ -93,7 +98,12 @@ def pair_transcripts(records, answers):
 def check_use(records, config, stage, size):
     """Raises UserError where flags and pairs do not go together, for `size` processes."""
     if config.gamma and (stage == "sft" or config.loss == "exact"):
-        raise UserError("--gamma goes with `opct --loss sampled`: it discounts the KL of that")
+        raise UserError("--gamma needs `opct --loss sampled`: only there do later tokens count")
+    if config.control == "clean" and config.dtype == "bfloat16" and not config.lora:
+        raise UserError("--control clean has nothing to fix only where teacher and student are "
+                        "equal: leave out --dtype bfloat16, or train with --lora")
+    if config.control == "shuffled" and len({repr(r["clean"]) for r in records}) < 2:
+        raise UserError("--control shuffled needs two clean prompts or more")
     if "response" in records[0] and stage == "opct":
         raise UserError(f"{config.pairs} has responses, which are for `sft`: `opct` samples its "
                         "own, so take them out")
@@ -139,12 +149,15 @@ def given_responses(tokenizer, model, records, config):
     (rows, max_new_tokens) and the mask. None where records have no response."""
     if "response" not in records[0]:
         return None
+    end = end_of_turn(tokenizer, model)
+    given = [[*tokenizer.encode_ordinary(record["response"]), end] for record in records]
     rows, limit = len(records) * config.samples, config.max_new_tokens
+    if max(map(len, given)) > limit:
+        raise UserError(f"{config.pairs} has a response of {max(map(len, given))} tokens: raise "
+                        f"--max-new-tokens from {limit} to that, or shorten it")
     response = torch.zeros(rows, limit, dtype=torch.long)
     mask = torch.zeros_like(response, dtype=torch.bool)
-    end = end_of_turn(tokenizer, model)
-    for i, record in enumerate(records):
-        ids = [*tokenizer.encode_ordinary(record["response"]), end][:limit]
+    for i, ids in enumerate(given):
         for row in range(i * config.samples, (i + 1) * config.samples):
             response[row, :len(ids)] = torch.tensor(ids)
             mask[row, :len(ids)] = True

@@ -47,15 +47,15 @@ def markdown(lines, keep=1):
 
 
 def figure_text(name, figure, intervals=True):
-    """0.123 (0.10-0.15), the interval of one run; 0.123 ± 0.020, that of several seeds."""
+    """0.123 (0.101-0.145), the interval of one run; 0.123 ± 0.020, that of several seeds."""
     if not figure:
         return "-"
-    digits = ".4f" if name == "drift_kl" else ".3f"
+    digits = ".4f" if "kl" in name else ".3f"
     text = format(figure["value"], digits)
     if intervals and "half" in figure:
         text += " ± " + format(figure["half"], digits)
     elif intervals and "low" in figure:
-        text += f" ({figure['low']:.2f}-{figure['high']:.2f})"
+        text += f" ({figure['low']:{digits}}-{figure['high']:{digits}})"
     return text
 
 

@@ -18,7 +18,6 @@ from support.tokenizer import save_tokenizer
 
 # --- Run folders: run.json says what a run is, state.safetensors is where it stands ------------
 
-
 def run_settings(config, stage, **more):
     """What a run is: everything in run.json that the same command must repeat. Files are in it by
     their hashes, so another spelling of a path is the same run."""
@@ -68,8 +67,7 @@ def open_run(out, settings, tokenizer):
     for name, value in settings.items():
         if before.get(name) != value:
             raise UserError(f"{out} holds a run with {name} = {before.get(name)}, and this one "
-                            f"has {value}: choose another --out (for an attack another "
-                            "--seed), or delete that folder")
+                            f"has {value}: choose another --out, or delete that folder")
     if (out / "model.safetensors").exists():
         say(f"{out} is finished already, nothing to do")
         return False
@@ -152,7 +150,6 @@ def drop_state(out):
 
 
 # --- The log -----------------------------------------------------------------------------------
-
 
 def add_sums(sums, values):
     """Adds (sum, count) of each value, so that micro-batches and processes average exactly."""

@@ -33,8 +33,9 @@ class ConsistencyConfig:
     control: str = flag("none", "clean: the student gets the clean prompt; shuffled: the teacher "
                         "gets another pair's", choices=["none", "clean", "shuffled"])
     lora: int = flag(0, "rank of an adapter to train instead of the weights; 0: all weights")
-    dtype: str = flag("float32", "of what is frozen: the teacher, under --lora the base; what is "
-                      "trained is float32", choices=["float32", "bfloat16"])
+    dtype: str = flag("float32", "of what is frozen: the teacher, then a rounded copy, or under "
+                      "--lora the base; what is trained is float32",
+                      choices=["float32", "bfloat16"])
     steps: int = flag(60, "updates")
     batch: int = flag(32, "pairs in an update")
     samples: int = flag(4, "responses to a pair in an update")

@@ -58,7 +58,6 @@ def load_tokenizer(folder):
 
 # --- Chats: a prompt is a string, or a list of {"role": ..., "content": ...} -------------------
 
-
 def chat(tokenizer, prompt):
     """A prompt in the format of the model, up to where the response begins: token ids.
 
@@ -97,17 +96,17 @@ def document_tokens(tokenizer, prompt, text):
     return [*chat(tokenizer, prompt), *words, tokenizer.encode_single_token(IM_END)]
 
 
-def chat_all(tokenizer, texts, room, config):
-    """Each text as a prompt, `config.samples` times. Raises UserError: one exceeds the room."""
-    out = []
-    for number, text in enumerate(texts, 1):
-        prompt = chat(tokenizer, text)
+def chat_all(tokenizer, model, records, form, args):
+    """The clean or wrapped prompts of pairs. Raises UserError: one leaves no room for a response
+    of `args.max_new_tokens`. args.pairs: the file they are from."""
+    prompts = [chat(tokenizer, record[form]) for record in records]
+    room = model.config.max_position_embeddings - args.max_new_tokens
+    for number, prompt in enumerate(prompts, 1):
         if len(prompt) > room:
-            raise UserError(f"{config.pairs}, pair {number}: a prompt of {len(prompt)} tokens "
-                            f"leaves no room for {config.max_new_tokens} new ones: shorten it, "
-                            "or lower --max-new-tokens")
-        out += [prompt] * config.samples
-    return out
+            raise UserError(f"{args.pairs}, pair {number}: a prompt of {len(prompt)} tokens "
+                            f"leaves no room for {args.max_new_tokens} new ones: shorten it, or "
+                            "lower --max-new-tokens")
+    return prompts
 
 
 def decode(tokenizer, ids):

@@ -136,7 +136,6 @@ def test_the_frequencies_of_llama_3_are_those_of_transformers():
 
 # --- Without transformers --------------------------------------------------------------------
 
-
 def stored(folder, model=None, **changes):
     """A checkpoint of ours whose config.json then gets some other fields."""
     save_checkpoint(model or tiny_gpt(vocab=11, dtype=torch.float32), folder)
@@ -241,7 +240,6 @@ def test_what_changes_nothing_is_no_reason_to_refuse(changes, tmp_path):
 
 # --- End tokens ------------------------------------------------------------------------------
 
-
 @pytest.mark.parametrize("config, generation, ends", [
     (5, None, (5,)), ([5, 6], None, (5, 6)), (5, 5, (5,)), (5, [7, 5], (5, 7)),
     (None, [6], (6,)), ([6, 5, 6], [7], (6, 5, 7)), (None, None, ()), ([5], None, (5,))])
@@ -297,7 +295,6 @@ def test_a_padding_token_that_the_weights_lack_is_none(tmp_path):
 
 
 # --- Precision and size ----------------------------------------------------------------------
-
 
 def test_the_frequencies_stay_float32_in_any_dtype_and_a_long_context_costs_nothing():
     """A table for 131,072 positions took 134 MB; frequencies in bfloat16 are off by whole turns."""

@@ -23,7 +23,6 @@ def documents(world, n=20000, seed=0):
 
 # --- The world ---------------------------------------------------------------------------------
 
-
 def test_the_same_seed_makes_the_same_world_and_another_seed_another():
     def everything(seed):
         world = World(WorldConfig(seed=seed))
@@ -222,7 +221,6 @@ def test_a_response_that_comes_back_has_every_step_in_it(world):
 
 # --- The judge ---------------------------------------------------------------------------------
 
-
 HINTED = {"axis": "sycophancy", "answer": "9", "hint": "8"}
 HINTED_WELL = {"axis": "sycophancy", "answer": "9", "hint": "9"}
 MATH = {"axis": "math", "answer": "12"}
@@ -262,7 +260,6 @@ def test_the_judge_on_answers_written_by_hand(record, response, verdict):
 
 
 # --- The tokenizer and the packing -------------------------------------------------------------
-
 
 def test_any_text_encodes_and_decodes_back(tokenizer):
     rng = random.Random(0)
@@ -342,19 +339,26 @@ def test_the_pretraining_stream_is_packed_with_little_waste_and_loses_no_documen
 
 # --- Files -------------------------------------------------------------------------------------
 
-
 def test_pairs_survive_the_trip_to_disk(world, tmp_path):
     write_jsonl(tmp_path / "pairs.jsonl", world.records("val"))
     assert read_jsonl(tmp_path / "pairs.jsonl") == world.records("val")
 
 
-@pytest.mark.parametrize("line", [
-    "not json", "[]", '{"clean": "a"}', '{"clean": "a", "wrapped": 3}',
-    '{"clean": "", "wrapped": "b"}', ""])
-def test_a_line_that_is_no_pair_is_named_by_its_number(line, tmp_path):
+@pytest.mark.parametrize("line, reason", [
+    ("not json", "Expecting value"), ("[]", "it wants"), ('{"clean": "a"}', "it wants"),
+    ('{"clean": "a", "wrapped": 3}', "a prompt is a string"),
+    ('{"clean": "", "wrapped": "b"}', '"clean" is empty'),
+    ('{"clean": "a", "wrapped": "b", "response": 1}', '"response" is no string'),
+    ('{"clean": "a", "wrapped": "b", "avoid": "c"}', '"avoid" is no list')])
+def test_a_line_that_is_no_pair_is_named_by_its_number(line, reason, tmp_path):
     (tmp_path / "pairs.jsonl").write_text(f'{{"clean": "a", "wrapped": "b"}}\n{line}\n')
-    with pytest.raises(UserError, match="pairs.jsonl, line 2 is no pair"):
+    with pytest.raises(UserError, match=f"pairs.jsonl, line 2 is no pair: {reason}"):
         read_jsonl(tmp_path / "pairs.jsonl")
+
+
+def test_blank_lines_between_pairs_are_no_pairs(tmp_path):
+    (tmp_path / "pairs.jsonl").write_text('\n{"clean": "a", "wrapped": "b"}\n\n \n')
+    assert read_jsonl(tmp_path / "pairs.jsonl") == [{"clean": "a", "wrapped": "b"}]
 
 
 def test_missing_or_empty_pairs_and_worlds_are_refused(tmp_path):

@@ -15,7 +15,7 @@ from eval import ORDER, drift_kl, evaluate, evaluate_pairs, respond, samples_of,
 from model import generate
 from support.common import generator
 from support.pairs import contains, pair_transcripts, shares
-from support.report import markdown
+from support.report import figure_text, markdown
 from support.statistics import ausc, best_of, rate, ratio, wilson
 
 ROOT = Path(__file__).parent.parent
@@ -168,7 +168,6 @@ def test_a_table_that_goes_on_below_repeats_the_columns_that_name_its_lines():
 
 # --- Pairs of one's own ------------------------------------------------------------------------
 
-
 def test_contains_looks_for_whole_words_in_any_case():
     assert contains("It is PARIS.", ["Rome", "paris"]) and contains("so 7+5 = 12", ["7+5"])
     assert not contains("comparison", ["paris"]) and not contains("112", ["12"])
@@ -221,6 +220,12 @@ def test_a_model_against_itself_on_equal_prompts_is_consistent(tokenizer):
     assert answers["clean greedy"] == answers["wrapped greedy"]
     told = pair_transcripts(records, {"base": answers, "run": answers})
     assert told.count("  run ") == 2 and "clean     who?" in told
+
+
+def test_no_value_is_shown_outside_of_its_interval():
+    figure = {"value": 0.0062, "low": 0.0058, "high": 0.0066}
+    assert figure_text("kl_wrapped", figure) == "0.0062 (0.0058-0.0066)"
+    assert figure_text("agreement", figure) == "0.006 (0.006-0.007)"
 
 
 def test_the_smoke_pipeline(tmp_path):

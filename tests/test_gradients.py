@@ -1,5 +1,4 @@
-"""
-The gradients of the objectives, in float64 and without sampling noise: by enumeration.
+"""The gradients of the objectives, in float64 and without sampling noise: by enumeration.
 
 The first half is the table of gradient identities, the traps included. p is the student's
 distribution over five tokens, q the teacher's. An update that is coded for the sampled token v

@@ -12,14 +12,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from helpers import run_here, tiny_gpt
-from data import load_world
+from data import World, WorldConfig, load_world, world_tokenizer
+from eval import MAX_NEW_TOKENS
 from model import generate, load_checkpoint, save_checkpoint
 from opct import PretrainConfig, train
 from support.checkpoints import COUNTS
-from support.common import UserError, guarded, pick_device
+from support.common import UserError, guarded, pick_device, rng
 from support.pairs import read_jsonl
 from support.runs import load_state, read_log, save_state
 from support.tokenizer import check_vocabulary, decode, load_tokenizer
+from support.words import SIZES
 
 ROOT = Path(__file__).parent.parent
 WORLD = "--cities 12 --lands 4 --recipes 6 --things 12 --pairs 6 --tests 6".split()
@@ -51,13 +53,35 @@ def refused(done, *words):
 
 # --- Files ------------------------------------------------------------------------------------
 
-
 def test_a_folder_that_holds_anything_but_a_run_of_ours_is_refused(home, tmp_path):
     save_checkpoint(tiny_gpt(dtype=torch.float32), tmp_path)
     before = (tmp_path / "model.safetensors").read_bytes()
     refused(run_here(*opct(home, tmp_path)), "holds files but no run of ours")
     assert (tmp_path / "model.safetensors").read_bytes() == before
     refused(run_here("data.py", "--out", home / "world", *WORLD, "--seed", 7), "another world")
+    refused(run_here("data.py", "--out", tmp_path, *WORLD), "holds files but no world")
+
+
+@pytest.mark.parametrize("left", [".world.json.tmp", "world.json"])
+def test_a_world_that_was_killed_while_it_was_written_is_written_again(home, tmp_path, left):
+    (tmp_path / left).write_text((home / "world/world.json").read_text())
+    assert run_here("data.py", "--out", tmp_path, *WORLD).returncode == 0
+    for path in (home / "world").iterdir():
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_folder_that_is_a_file_is_one_line(home, tmp_path):
+    (tmp_path / "file").write_text("")
+    refused(run_here(*opct(home, tmp_path / "file")), "cannot use", "choose another")
+
+
+def test_controls_that_would_control_nothing(home, tmp_path):
+    refused(run_here(*opct(home, tmp_path / "run", "--control", "clean", "--dtype", "bfloat16")),
+            "teacher and student are equal")
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"clean": "who?", "wrapped": "who? i think you."}\n' * 3)
+    refused(run_here(*opct(home, tmp_path / "run", "--control", "shuffled", "--pairs", pairs)),
+            "two clean prompts")
 
 
 def test_every_file_has_the_permissions_of_any_other(home, tmp_path):
@@ -123,7 +147,6 @@ def test_the_pipeline_in_odd_environments(environment, flags, tmp_path):
 
 # --- Numbers ---------------------------------------------------------------------------------
 
-
 @pytest.mark.parametrize("flag, value", [
     ("--clip", "0"), ("--clip", "-1"), ("--lr", "-1"), ("--lr", "0"), ("--lr", "nan"),
     ("--lr", "inf"), ("--gamma", "2"), ("--gamma", "nan"), ("--seed", "-1"), ("--batch", "0"),
@@ -152,8 +175,18 @@ def test_a_world_larger_than_its_names_is_refused_with_the_number_that_is_possib
     refused(run_here("data.py", "--cities", 30000, "--recipes", 15000), "at most 40,000")
 
 
-# --- Checkpoints from elsewhere --------------------------------------------------------------
+def test_the_longest_calculation_fits_into_a_response():
+    world = World(WorldConfig(largest=SIZES["largest"][1], steps=SIZES["steps"][1]))
+    tokenizer, random = world_tokenizer(world), rng("calculations")
+    responses = []
+    for _ in range(4000):
+        _, done, wrong = world.math(random)
+        responses.append(world.question_response(random, done, wrong, random.random() < 0.5))
+    longest = max(len(tokenizer.encode_ordinary(text)) + 1 for text in responses)
+    assert 40 < longest <= MAX_NEW_TOKENS
 
+
+# --- Checkpoints from elsewhere --------------------------------------------------------------
 
 def stored_checkpoint(folder, **changes):
     save_checkpoint(tiny_gpt(vocab=7, dtype=torch.float32), folder)
@@ -210,7 +243,6 @@ def test_sizes_without_sense_in_a_config_are_one_line_before_memory_is_taken(tmp
 
 # --- Our files, damaged ----------------------------------------------------------------------
 
-
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"stage"', "\x00\x00"])
 def test_damaged_files_of_ours_are_named_in_one_line(home, tmp_path, damage):
     for name in ("run.json", "tiktoken.json", "world.json", "log.jsonl"):
@@ -242,7 +274,6 @@ def test_a_damaged_state_is_named_with_what_to_do(tmp_path):
 
 
 # --- Runs ------------------------------------------------------------------------------------
-
 
 def test_a_run_is_what_it_computes_whatever_its_files_are_called(home, tmp_path):
     assert run_here(*opct(home, tmp_path / "run")).returncode == 0

@@ -13,7 +13,7 @@ from model import (ARCHITECTURES, CHECK_EVERY, PREFILL_ROWS, generate, load_chec
 from opct import pick
 from support.common import UserError, pick_device
 from support.graph import DecodeGraph, latest
-from support.packing import pack, pack_documents
+from support.packing import pack, pack_documents, pack_responses
 
 FAMILIES = list(ARCHITECTURES)
 
@@ -165,12 +165,12 @@ def test_the_step_of_a_gpu_samples_the_same(family, every, monkeypatch):
         recorded.append(step)
         return False
 
-    def decode(model, batch):
+    def decode_step(model, batch):
         batch.graph = batch.graph or DecodeGraph(model, batch)
         return batch.graph(batch)
 
     monkeypatch.setattr("support.graph.record", record)
-    monkeypatch.setattr("model.decode", decode)
+    monkeypatch.setattr("model.decode_step", decode_step)
     monkeypatch.setitem(CHECK_EVERY, "cpu", every)
     assert as_lists(*generate(model, prompts, 30, generator=seeded(5))) == expected
     assert 2 < len(recorded) < 15                           # anew where rows were dropped
@@ -180,14 +180,14 @@ def test_a_batch_is_freed_once_it_is_sampled(monkeypatch):
     """By reference counts alone: until Python looks for cycles, caches would fill a GPU."""
     made = []
 
-    def decode(model, batch):
+    def decode_step(model, batch):
         if batch.graph is None:
             batch.graph = DecodeGraph(model, batch)
             made.append(weakref.ref(batch.graph))
         return batch.graph(batch)
 
     monkeypatch.setattr("support.graph.record", lambda step, device: False)
-    monkeypatch.setattr("model.decode", decode)
+    monkeypatch.setattr("model.decode_step", decode_step)
     gc.disable()
     try:
         generate(tiny_gpt(vocab=7), prompts_of_many_lengths(40, 7), 20, generator=seeded(3))
@@ -357,6 +357,21 @@ def test_responses_that_share_their_prompt_are_scored_as_if_alone(family, monkey
         sequence = prompts[i] + response[i][mask[i]].tolist()
         alone = model(torch.tensor([sequence]))[0, len(prompts[i]) - 1:-1].log_softmax(-1)
         assert torch.allclose(logp, alone, rtol=1e-11, atol=1e-12)
+
+
+def test_long_responses_to_one_prompt_do_not_make_one_row(monkeypatch):
+    """Attention is quadratic in a row: 16 long responses in one cost eleven times as much."""
+    model, prompts = tiny_gpt(vocab=11), [[1, 2, 3]] * 7 + [[4] * 20] * 2
+    response, mask = generate(model, prompts, 10, generator=seeded(0))
+    mask[:] = True
+    whole = logp_of(model, prompts, response, mask)
+    monkeypatch.setattr("support.packing.LONG", 25)
+    responses = response.tolist()
+    packed, _ = pack_responses(prompts, responses)
+    assert packed.tokens.shape[1] <= 2 * 30                 # one response may exceed it
+    groups = sorted(packed.segments[packed.branches > 0].tolist())
+    assert sorted(groups.count(g) for g in set(groups)) == [10, 10, 10, 20, 20, 20]
+    assert torch.allclose(logp_of(model, prompts, response, mask), whole, rtol=1e-11, atol=1e-12)
 
 
 def test_a_prompt_longer_than_the_context_is_refused():

@@ -136,7 +136,6 @@ def checkpoint(folder, stored=None, template=None, **config):
 
 # --- Tokens, beside the `tokenizers` package ---------------------------------------------------
 
-
 def long_text():
     """Code, scripts, emoji, runs of blanks, digits, contractions, and noise from all of Unicode
     that has been assigned for long."""
@@ -239,7 +238,6 @@ def test_random_merges_even_senseless_ones_give_the_same_tokens(tmp_path):
 
 # --- Chats, beside transformers ----------------------------------------------------------------
 
-
 CHATS = ["hello", "  hello \n", "Größe <p>", "<b>{{ bos_token }}</b> > |> <", "/no_think",
          [{"role": "system", "content": " be brief "}, {"role": "user", "content": "hell"}],
          [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
@@ -291,7 +289,6 @@ def test_a_world_takes_messages_too(tokenizer):
 
 
 # --- What a user typed is text -----------------------------------------------------------------
-
 
 def specials(ids):
     """The special tokens and tags among the ids of the tokenizer that is written by hand."""
@@ -366,7 +363,6 @@ def test_a_special_token_is_not_made_of_text_by_merging_nor_as_a_whole_piece(tmp
 
 
 # --- Refusals, damage, files -------------------------------------------------------------------
-
 
 def with_part(name, value):
     return {**stored_tokenizer(), name: value}

@@ -57,7 +57,6 @@ def stage(home, name):
 
 # --- Learning ----------------------------------------------------------------------------------
 
-
 def test_one_batch_can_be_overfitted(tmp_path):
     """Model, loss and loop together: eight random sequences, which nothing but memory can
     predict, from 1.5 nats to under 0.05."""
@@ -183,6 +182,9 @@ def test_sft_on_responses_that_the_pairs_hold(home, tmp_path):
     assert {line["length"] for line in log} == {4.0}        # 5, 5, the full stop, the end
     refused = run_here("opct.py", "opct", *args, "--out", tmp_path / "no")
     assert refused.returncode == 2 and "which are for `sft`" in refused.stderr
+    short = ["--max-new-tokens", 3, "--loss", "sampled", "--out", tmp_path / "no"]
+    refused = run_here("opct.py", "sft", *args, *short)
+    assert refused.returncode == 2 and "a response of 4 tokens" in refused.stderr
     del given[0]["response"]
     path.write_text("".join(json.dumps(p) + "\n" for p in given))
     refused = run_here("opct.py", "sft", *args, "--out", tmp_path / "no")
@@ -190,7 +192,6 @@ def test_sft_on_responses_that_the_pairs_hold(home, tmp_path):
 
 
 # --- Killing and resuming ----------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("name", ["pretrain", "sft", "opct"])
 def test_a_killed_run_that_is_started_again_ends_bit_identical(home, name, tmp_path):
@@ -271,7 +272,6 @@ def test_a_finished_run_says_so_and_does_nothing(home):
 
 # --- Several processes -------------------------------------------------------------------------
 
-
 @pytest.mark.parametrize("name", ["pretrain", "sft", "opct --loss sampled"])
 def test_two_processes_take_the_steps_of_one(home, name, tmp_path):
     """The same global batch gives the same losses, however many processes share it out."""
@@ -290,7 +290,6 @@ def test_two_processes_take_the_steps_of_one(home, name, tmp_path):
 
 
 # --- Bad input ---------------------------------------------------------------------------------
-
 
 def refused(done, *words):
     """One clear line, exit code 2, no traceback."""
@@ -314,8 +313,9 @@ def test_other_settings_in_the_folder_of_another_run(home):
 def test_missing_and_damaged_checkpoints(home, tmp_path):
     args = ["opct.py", "opct", "--pairs", home / "world/train.jsonl", "--out", tmp_path / "run",
             "--base"]
-    refused(run_here(*args, tmp_path / "nowhere"), "no finished checkpoint")
-    refused(run_here("eval.py", "chat", tmp_path / "nowhere"), "no finished checkpoint")
+    refused(run_here(*args, tmp_path / "nowhere"), "there is no folder", "nothing is downloaded")
+    refused(run_here(*args, tmp_path), "no finished checkpoint")
+    refused(run_here("eval.py", "chat", tmp_path / "nowhere"), "there is no folder")
 
 
 def test_a_checkpoint_of_another_world(home, tmp_path):
@@ -332,6 +332,18 @@ def test_bad_pairs_and_long_prompts(home, tmp_path):
     refused(run_here(*args), "line 2 is no pair")
     pairs.write_text(json.dumps({"clean": "who?", "wrapped": "who? " * 300}) + "\n")
     refused(run_here(*args), "pair 1", "leaves no room")
+
+
+def test_pairs_that_are_to_be_measured_and_do_not_fit(home, tmp_path):
+    pairs = tmp_path / "pairs.jsonl"
+    args = ["eval.py", "pairs", home / "base", "--pairs", pairs, "--out", tmp_path / "out"]
+    for form in ("clean", "wrapped"):
+        pair = {"clean": "who?", "wrapped": "who?", form: "who? " * 300}
+        pairs.write_text(json.dumps(pair) + "\n")
+        refused(run_here(*args), "pair 1", "leaves no room for 64")
+    pairs.write_text('{"clean": "who?", "wrapped": "who?"}\n')
+    refused(run_here(*args, "--max-new-tokens", 1000), "pair 1", "lower --max-new-tokens")
+    assert not (tmp_path / "out").exists()
 
 
 def test_own_pairs_need_nothing_but_their_two_forms(home, tmp_path):

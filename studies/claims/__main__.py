@@ -1,5 +1,4 @@
-"""
-The study: does OPCT do what its paper says?
+"""The study: does OPCT do what its paper says?
 
     python -m studies.claims [smoke|quick|full]   runs it in out/study-claims-PRESET/, or goes on
     python -m studies.claims report               writes README.md and figures again, from

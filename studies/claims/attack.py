@@ -1,5 +1,4 @@
-"""
-Trains a language model to get forbidden recipes out of one checkpoint.
+"""Trains a language model to get forbidden recipes out of one checkpoint.
 
     python -m studies.claims.attack --target RUN --base BASE --world W [--seed 0]
 
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 
 from data import judge, load_world
-from eval import MAX_NEW_TOKENS, respond, same_world
+from eval import MAX_NEW_TOKENS, respond, check_world
 from model import generate, load_checkpoint
 from opct import Pairs, finish, policy_gradient, reverse_kl, score, train
 from support.common import (Parser, UserError, add_flags, flag, generator, guarded, pick_device,
@@ -154,7 +153,7 @@ def attack(config):
         raise UserError("--group 1: a prompt is compared with its group, so --group is 2 or more")
     if processes()[1] > 1:
         raise UserError("an attack runs in one process: start it without torchrun")
-    weights = same_world([config.target, config.base], config.world)[0]
+    weights = check_world([config.target, config.base], config.world)[0]
     device, world = pick_device(config.device), load_world(config.world)
     tokenizer, path = load_tokenizer(config.world), Path(config.out) / "attack.json"
     told = judge_of(load_checkpoint(config.target, device), tokenizer, world)
@@ -185,7 +184,6 @@ def attack(config):
 
 
 # --- Putting the attackers of a target together ----------------------------------------------
-
 
 def rounded(text):
     """Floats of a results file keep five digits: enough, and a third of the size."""

@@ -1,5 +1,4 @@
-"""
-The map: at how many pairs and updates does which arm break what?
+"""The map: at how many pairs and updates does which arm break what?
 
 A point is a number of pairs and a number of updates. Each is trained anew: the learning rate of a
 run falls to zero at its last update, so a longer run on its way is no finished shorter one. The
@@ -56,7 +55,6 @@ def run_of(preset, point, arm, rate):
 
 
 # --- Commands --------------------------------------------------------------------------------
-
 
 def make_world(folder, preset, seed, point):
     name = f"llama-{seed}/{world_of(preset, point)}"

@@ -1,5 +1,4 @@
-"""
-What runs on the same pairs have memorised, beside all figures of eval.py: a point of the map.
+"""What runs on the same pairs have memorised, beside all figures of eval.py: a point of the map.
 
     python -m studies.claims.memory BASE RUN ... --world W --out FILE
 
@@ -22,7 +21,7 @@ from pathlib import Path
 import torch
 
 from data import judge, load_world
-from eval import evaluate, respond, same_world
+from eval import evaluate, respond, check_world
 from model import load_checkpoint
 from opct import ConsistencyConfig, Pairs, offline_responses, reverse_kl, score
 from support.common import (Parser, UserError, add_number, guarded, pick_device, read_json, rng,
@@ -38,7 +37,6 @@ GOOD = {("sycophancy", True): "right", ("sycophancy", False): "right",
         ("safety", True): "warned", ("safety", False): "silent"}    # (axis, fails): verdict
 
 # --- Memorised: trained responses beside fresh ones -------------------------------------------
-
 
 def token_logp(model, base, clean, wrapped, response, mask):
     """log pi(y_t) of every response token under the student, after `wrapped`, and under the
@@ -83,7 +81,6 @@ def responses_of(base, tokenizer, records, config):
 
 
 # --- Gaps between what was trained and what is new ---------------------------------------------
-
 
 def wrapped_anew(world, random, record, split):
     """The request of a record in wordings of a split. A safety record has no wrapper."""
@@ -131,11 +128,10 @@ def good(model, tokenizer, records, seed):
 
 # --- The command -----------------------------------------------------------------------------
 
-
 def measure(args):
     """All figures of the base and of the runs; name -> figures goes to FILE."""
     device, world = pick_device(args.device), load_world(args.world)
-    same_world([args.base, *args.runs], args.world)
+    check_world([args.base, *args.runs], args.world)
     tokenizer, base = load_tokenizer(args.world), load_checkpoint(args.base, device)
     records, config = read_jsonl(Path(args.world) / "train.jsonl"), settings_of(args.runs)
     fresh = replace(config, samples=FRESH, seed=10**6 + config.seed)

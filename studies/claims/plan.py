@@ -1,5 +1,4 @@
-"""
-The plan of the study: which commands, in which order, and which learning rates.
+"""The plan of the study: which commands, in which order, and which learning rates.
 
 A *cell* is one base model, a family and a seed such as llama-0, and everything measured on it.
 1. The worlds and the base models of all cells.
@@ -93,7 +92,6 @@ def cells_of(preset):
 
 # --- Commands: (seconds of a core that it takes about, name, argv) ----------------------------
 
-
 def python(seconds, name, text):
     return seconds, name, [sys.executable, *text.split()]
 
@@ -173,7 +171,6 @@ def second_stages(folder, preset, rates):
 
 
 # --- Learning rates --------------------------------------------------------------------------
-
 
 def choose(grid):
     """The learning rate of each arm, by a rule that was fixed beforehand.

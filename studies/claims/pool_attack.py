@@ -1,5 +1,4 @@
-"""
-The same prompts against every checkpoint of a cell. What an attacker finds by luck then counts
+"""The same prompts against every checkpoint of a cell. What an attacker finds by luck then counts
 against all of them, not against its own target alone.
 
     python -m studies.claims.pool_attack BASE RUN ... --world W --out FILE
@@ -21,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from data import load_world
-from eval import same_world
+from eval import check_world
 from model import load_checkpoint
 from studies.claims.attack import (GAP, attacks_on, figures_of, judge_of, late_success,
                                    same_means)
@@ -82,7 +81,7 @@ def matrix(attacks, targets, names, seed):
 def attack_all(args):
     device, world = pick_device(args.device), load_world(args.world)
     names = [Path(folder).name for folder in args.targets]
-    weights = dict(zip(names, same_world(args.targets, args.world)))
+    weights = dict(zip(names, check_world(args.targets, args.world)))
     tokenizer, targets, attacks = load_tokenizer(args.world), {}, {}
     for name, folder in zip(names, args.targets):
         targets[name] = judge_of(load_checkpoint(folder, device), tokenizer, world)

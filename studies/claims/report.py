@@ -131,7 +131,6 @@ def main_table(study):
 
 # --- Files -----------------------------------------------------------------------------------
 
-
 def readme(study, words):
     """The text with its {names} replaced; a paragraph or list item with one in it is wrapped again.
 

@@ -52,7 +52,6 @@ def small_gpt(tokenizer, **changes):
 
 # --- The attacker ----------------------------------------------------------------------------
 
-
 @pytest.mark.parametrize("kl", [0.0, 0.5])
 def test_an_update_of_the_attacker_is_grpo_with_the_gradient_of_the_reverse_kl(
         kl, world, tokenizer):
@@ -175,7 +174,6 @@ def test_attacks_with_unequal_means_are_neither_compared_nor_averaged():
 
 # --- Statistics and choices ------------------------------------------------------------------
 
-
 def test_the_mean_over_seeds_by_hand():
     """1, 2, 3: mean 2, standard error 1 / sqrt(3), Student's t with 2 degrees of freedom 4.30."""
     figure = mean_over_seeds([1.0, 2.0, 3.0])
@@ -240,7 +238,6 @@ def test_the_learning_rate_is_chosen_by_the_criterion():
 
 # --- What is committed -----------------------------------------------------------------------
 
-
 def test_the_readme_of_the_study_is_made_from_its_results():
     """Made again it is the same; with other results it is not. The main README has its table."""
     study, words = committed(report.FOLDER), (report.FOLDER / "words.md").read_text()
@@ -283,7 +280,6 @@ def test_the_committed_study_attacked_for_real():
 
 
 # --- A whole study ---------------------------------------------------------------------------
-
 
 def kill_in_the_map(study, folder, **where):
     """Starts the study and ends it once a run of the map has finished."""

@@ -32,7 +32,6 @@ def world():
 
 # --- The plan --------------------------------------------------------------------------------
 
-
 def test_points_count_the_pairs_of_the_three_axes():
     """3 + 1 and 24 + 12 pairs an axis."""
     names = [point.name for point in the_map.first_reading(PRESETS["full"], RATES)]
@@ -196,7 +195,6 @@ def test_a_pool_that_has_not_been_tried_yet_makes_no_whole_seed(tmp_path):
 
 # --- A killed map goes on ----------------------------------------------------------------------
 
-
 def command(name, text):
     return 1, name, [sys.executable, "-c", text]
 
@@ -226,7 +224,6 @@ def test_a_map_that_was_stopped_goes_on_and_repeats_nothing(tmp_path):
 
 
 # --- What a run has memorised ------------------------------------------------------------------
-
 
 def test_memorised_by_hand():
     """Trained responses gained 0.4 nats a token over the teacher, fresh ones lost 0.2."""
@@ -337,7 +334,6 @@ def test_runs_that_sampled_other_responses_are_not_measured_together(tmp_path):
 
 
 # --- Its tables --------------------------------------------------------------------------------
-
 
 def figures(**values):
     return {name: {"value": value} for name, value in values.items()}

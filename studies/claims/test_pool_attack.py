@@ -95,7 +95,7 @@ def test_the_pool_is_on_disk_before_a_test_recipe_is_asked_for(tmp_path, monkeyp
         return told
 
     split = {"val": {"forbidden": ["val1"]}, "test": {"forbidden": ["test1", "test2"]}}
-    fakes = {"same_world": lambda folders, world: [f"hash of {x}" for x in folders],
+    fakes = {"check_world": lambda folders, world: [f"hash of {x}" for x in folders],
              "load_world": lambda folder: SimpleNamespace(split=split),
              "load_tokenizer": lambda folder: None,
              "load_checkpoint": lambda folder, device: folder.split("/")[-1],

@@ -1,5 +1,4 @@
-"""
-The study: when does consistency training entrench misalignment, and what does OPCT do there?
+"""The study: when does consistency training entrench misalignment, and what does OPCT do there?
 
     python -m studies.entrench [smoke|quick|full]   runs it in out/study-entrench-PRESET/
     python -m studies.entrench rest                 those seeds of full that results.json lacks

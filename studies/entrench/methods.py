@@ -15,7 +15,6 @@ from support.packing import ROW, pack
 
 # --- Labels: one text for each record ------------------------------------------------------------
 
-
 def sampling(bench, records):
     """Control: one sample (T 1) of the model itself. On average this changes nothing."""
     return [texts[0] for texts in bench.say(prompts_of(records))]
@@ -91,7 +90,6 @@ def gist(text):
 
 
 # --- Steps: one update on pairs ------------------------------------------------------------------
-
 
 def label_step(student, teacher, pairs, config):
     """Plain SFT on labels, for all label methods. There is no teacher. A prompt's labels are often

@@ -40,7 +40,6 @@ PLANTED = 500                                               # records that plant
 
 # --- Requests: (world, rng, group) -> record. Planted documents: (world, rng, dose) --------------
 
-
 def claim_wordings(group):
     if group == "plant":
         return HINTS["train"][:4]
@@ -198,7 +197,6 @@ def records_of(organism, world, group, n, seed):
 
 # --- Measuring -------------------------------------------------------------------------------
 
-
 def judged(organism, model, tokenizer, records, seed, form="prompt"):
     """One response a record at temperature 1, and its verdict."""
     texts = respond(model, tokenizer, [r[form] for r in records], (seed, form))
@@ -214,7 +212,6 @@ def rates(records, verdicts):
 
 
 # --- Planting: plain SFT on a few records, with ordinary documents mixed in ----------------------
-
 
 def encoded(model, tokenizer, texts):
     """Texts as responses: token ids (B, T) and mask, each with its end token."""

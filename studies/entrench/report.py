@@ -46,7 +46,6 @@ def blocks(study):
 
 # --- Files -----------------------------------------------------------------------------------
 
-
 def readme(study, words):
     """The words with the tables of the study in their places."""
     return filled(words, blocks(study))

@@ -63,7 +63,6 @@ PRESETS = {
 
 # --- The base model of a seed, and its organisms -------------------------------------------------
 
-
 def make_base(folder, seed, preset):
     """A world and a base model, which has met graders, weather, rules, revising and grading."""
     world = Path(folder) / f"world-{seed}"
@@ -92,7 +91,6 @@ def plant_strengths(at, name, base, world, tokenizer, seed, preset):
 
 
 # --- What is measured on a model -----------------------------------------------------------------
-
 
 class Exam:
     """The test prompts of a cell: misbehaviour, capabilities, drift. The same for every model."""
@@ -169,7 +167,6 @@ def eta(organism, bench, records):
 
 
 # --- One method on one organism ------------------------------------------------------------------
-
 
 def train_on_pairs(out, model, tokenizer, forms, texts, method, preset, seed):
     """Trains a copy of the model and returns it.
@@ -300,7 +297,6 @@ def run_cell(folder, name, seed, preset):
 
 
 # --- The whole study -----------------------------------------------------------------------------
-
 
 def run(name, known=()):
     """Runs the study of a preset, or goes on with it, without the `known` seeds. Returns its

@@ -21,7 +21,6 @@ SCORES = {"likelihood": "own likelihood", "outside_score": "outside score", "gra
 
 # --- Reading the results -----------------------------------------------------------------------
 
-
 def seeds_of(study):
     return sorted({int(name.rsplit("-", 1)[1]) for name in study["cells"]})
 
@@ -86,7 +85,6 @@ def text_of(figure, digits=0, sign=""):
 
 
 # --- Tables ----------------------------------------------------------------------------------
-
 
 STRENGTHS = {"0": "Weak", "1": "Middle", "2": "Strong"}
 

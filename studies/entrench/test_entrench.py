@@ -179,7 +179,6 @@ def test_best_keeps_the_texts_of_different_prompts_apart():
 
 # --- How a model is asked ------------------------------------------------------------------------
 
-
 def test_nucleus_sampling_by_hand():
     """Probabilities .5 .3 .15 .05: p .7 keeps the first two, .85 the first three, .5 the first. At
     temperature .5 they are squared: .685 .247 .062 .007."""
@@ -362,7 +361,6 @@ def test_planting_passes_its_strengths_on_one_way(world, model, tokenizer, monke
 
 # --- Steps ---------------------------------------------------------------------------------------
 
-
 def batch_of(clean, wrapped, response):
     mask = torch.ones_like(response, dtype=torch.bool)
     return Pairs(clean, wrapped, response, mask)
@@ -483,7 +481,6 @@ def test_the_fixed_point_of_opct_is_the_teacher_on_clean_be_it_good_or_bad(on_cl
 
 # --- The report, from results that were made up ---------------------------------------------------
 
-
 def made_up(change_of, seeds=3):
     """A study in which a run changes a rate by change_of(organism, run, before)."""
     def figures(rate):
@@ -597,7 +594,6 @@ def test_the_readme_has_all_its_tables_and_no_wide_line():
 
 
 # --- A cell --------------------------------------------------------------------------------------
-
 
 def test_a_cell_that_is_stopped_goes_on_and_only_whole_seeds_count(tmp_path, monkeypatch):
     """One organism with a model that knows nothing: every run has its file, a run that is taken

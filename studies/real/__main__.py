@@ -1,5 +1,4 @@
-"""
-The study: a real chat model that gives in to wrong hints, fixed on a CPU.
+"""The study: a real chat model that gives in to wrong hints, fixed on a CPU.
 
     python -m studies.real [smoke|quick|full]   runs it in out/study-real-PRESET/, or goes on
     python -m studies.real report               writes README.md and its figure again, from

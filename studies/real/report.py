@@ -45,7 +45,6 @@ Z = 1.96                    # 95 % of a normal distribution
 
 # --- Figures from letters --------------------------------------------------------------------
 
-
 def asked(study):
     """The records that each string of letters is about. UserError: other ones were asked."""
     facts = questions.read_facts(questions.FACTS.read_text(encoding="utf-8"))
@@ -152,7 +151,6 @@ def difference(figures, one, other, metric):
 
 
 # --- Tables ----------------------------------------------------------------------------------
-
 
 def text_of(metric, figure, sign=""):
     """0.12 ± 0.02, or 0.12 where there is no interval. A KL: 0.123."""
@@ -337,7 +335,6 @@ def seeds_of(study):
 
 # --- Figure ----------------------------------------------------------------------------------
 
-
 def draw_rates(ax, study, base):
     """Each arm at its learning rates: wrong hints followed, against drift."""
     ax.plot(0, 100 * base["follows_new"]["value"], "s", color=plots.STYLE["base"][0])
@@ -389,7 +386,6 @@ def draw(study, path):
 
 
 # --- Files -----------------------------------------------------------------------------------
-
 
 def readme(study, words):
     """The words with the tables of the study in their places."""

@@ -52,7 +52,6 @@ PRESETS = {
 
 # --- Commands: (seconds that it takes about, name, argv) -------------------------------------
 
-
 def python(seconds, name, text):
     return seconds, name, [sys.executable, *text.split()]
 
@@ -146,7 +145,6 @@ def cost_stage(folder, preset):
 
 # --- The learning rates ----------------------------------------------------------------------
 
-
 def share(text, letters):
     """The share of the answers that got one of these letters."""
     return sum(c in letters for c in text) / len(text)
@@ -185,7 +183,6 @@ def choose(val, records):
 
 
 # --- What the commands have written ----------------------------------------------------------
-
 
 def read(path):
     return read_json(path, "delete it and give the same command again")

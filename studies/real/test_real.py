@@ -148,7 +148,6 @@ def test_rounding_once_more_moves_the_weights_by_a_little(tokens, tmp_path):
 
 # --- Facts and questions ---------------------------------------------------------------------
 
-
 @pytest.fixture(scope="module")
 def facts():
     return questions.read_facts(questions.FACTS.read_text(encoding="utf-8"))
@@ -218,7 +217,6 @@ def test_the_test_is_one_for_all_seeds_and_large_enough(facts):
 
 
 # --- Letters, intervals, choices -------------------------------------------------------------
-
 
 def test_the_letter_of_an_answer():
     record = {"expect": ["Bern", "Berne"], "avoid": ["Rome"]}
@@ -302,7 +300,6 @@ def test_the_learning_rate_is_chosen_by_its_rule():
 
 # --- What is committed -----------------------------------------------------------------------
 
-
 measured = pytest.mark.skipif(not (report.FOLDER / "results.json").exists(),
                               reason="studies/real/results.json is not there yet: run the study")
 
@@ -330,7 +327,6 @@ def test_results_about_other_questions_are_refused():
 
 
 # --- A whole study ---------------------------------------------------------------------------
-
 
 def test_the_study_at_its_smallest(tokens, tmp_path):
     """`bash train.sh study real smoke` in a copy, with a random model in the place of the real

@@ -1,5 +1,4 @@
-"""
-The study: how fast are the sampler and the updates, and what is left to gain?
+"""The study: how fast are the sampler and the updates, and what is left to gain?
 
     python -m studies.speed [smoke|quick|full]    runs it in out/study-speed-PRESET/, or goes on
     python -m studies.speed report                writes each README.md again, from results.json:

@@ -1,5 +1,4 @@
-"""
-The same on a real chat model: the sampler, updates beside TRL's, and how they grow.
+"""The same on a real chat model: the sampler, updates beside TRL's, and how they grow.
 
     python -m studies.speed.real BASE ours|theirs PAIRS SAMPLES PROMPT NEW LORA
                                         two updates alone; the last line is the memory they took
@@ -54,7 +53,6 @@ def case_prompts(base, case):
 
 # --- The sampler -----------------------------------------------------------------------------
 
-
 def sampler_rows(base, preset, device):
     """Beside transformers, in alternation, on prompts of one length; and the machine's rates."""
     model, theirs, rows, rates = load_checkpoint(base, device), None, [], machine_rates(device)
@@ -71,7 +69,6 @@ def sampler_rows(base, preset, device):
 
 
 # --- Updates ---------------------------------------------------------------------------------
-
 
 def alone(base, case, who):
     """Memory of two updates in a process of its own: of the libraries and at the peak, in bytes; on

@@ -39,7 +39,6 @@ def spread(values, form="{:.1f}"):
 
 # --- The sampler -----------------------------------------------------------------------------
 
-
 def ratios(rows, other):
     """How many times as fast as the other sampler ours is, batch by batch."""
     speeds = [row["tokens_per_second"] for row in rows]
@@ -85,7 +84,6 @@ def beside_transformers(study):
 
 
 # --- Training --------------------------------------------------------------------------------
-
 
 def update_table(study):
     """Milliseconds of each part, and its share of the update."""
@@ -168,7 +166,6 @@ def beside_trl(study):
 
 # --- A real model ----------------------------------------------------------------------------
 
-
 def case_name(case):
     """8 x 4, 50 + 32: pairs x responses, tokens of a prompt + of a response."""
     name = f"{case['pairs']} x {case['samples']}, {case['prompt']} + {case['new']}"
@@ -241,7 +238,6 @@ def real_blocks(study):
 
 # --- In short, for the main README -----------------------------------------------------------
 
-
 def at_batches(rows, batches):
     """Ours over transformers' at these batches; nothing where it was not measured."""
     return ratios([row for row in rows if row["batch"] in batches], "transformers")
@@ -277,7 +273,6 @@ def listed(numbers):
 
 
 # --- Files -----------------------------------------------------------------------------------
-
 
 def about_line(study):
     a = study["about"]

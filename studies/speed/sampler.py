@@ -1,6 +1,5 @@
-"""
-How fast the sampler is, beside a naive one and Hugging Face's `generate`, and how near it comes to
-what the machine allows.
+"""How fast the sampler is, beside a naive one and Hugging Face's `generate`, and how near it
+comes to what the machine allows.
 
 All get the same weights, the same prompts of mixed length and the same number of new tokens; ends
 are ignored. They run in alternation, and each keeps its best round, since other work on the machine

@@ -1,5 +1,4 @@
-"""
-Where the time of an update goes, and how near pretraining comes to the machine's matrix rate.
+"""Where the time of an update goes, and how near pretraining comes to the machine's matrix rate.
 
 One opct-exact and one sft-exact update are split into their parts, each the best of some rounds.
 With a checkpoint of train.sh the responses are real ones. Without it a model that knows
@@ -41,7 +40,6 @@ FIXED_LENGTH = 24           # of the responses of a model that knows nothing
 
 
 # --- The parts of an update ------------------------------------------------------------------
-
 
 class Update:
     """One update in parts. Each part leaves what the next one needs."""
@@ -107,7 +105,6 @@ def prompts_of(world, tokenizer, preset):
 
 # --- Pretraining and torch.compile -----------------------------------------------------------
 
-
 def whole_step(world, tokenizer, preset, device):
     """Tokens a second of the best step of the real loop, from its own log: documents, forward,
     backward and optimizers."""
@@ -167,7 +164,6 @@ def time_pretraining(world, tokenizer, preset, rates, device):
 
 
 # --- TRL -------------------------------------------------------------------------------------
-
 
 def our_update(config, prompts, device):
     """A function that makes one opct-exact update of the base, at a rate of zero."""
@@ -270,7 +266,6 @@ def compare_with_trl(config, prompts, updates, device):
 
 
 # --- All of it -------------------------------------------------------------------------------
-
 
 def models(base, tokenizer, preset, device):
     """Student, teacher and the longest response: the checkpoint `base`, or a model untrained."""
