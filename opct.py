@@ -314,8 +314,8 @@ def consistency(config, stage):
     config = with_defaults(config, student)
     settings = runs.run_settings(config, stage, teacher=runs.weights_hash(teacher), pairs=records)
     records = controlled(records, config)
-    clean, wrapped = ([prompt for prompt in chat_all(tokenizer, student, records, form, config)
-                       for _ in range(config.samples)] for form in ("clean", "wrapped"))
+    clean, wrapped = (chat_all(tokenizer, student, records, form, config, config.samples)
+                      for form in ("clean", "wrapped"))
     if not runs.open_run(config.out, settings, tokenizer):
         return
     say(runs.first_screen(stage, config, records, student, teacher))

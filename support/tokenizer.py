@@ -96,9 +96,9 @@ def document_tokens(tokenizer, prompt, text):
     return [*chat(tokenizer, prompt), *words, tokenizer.encode_single_token(IM_END)]
 
 
-def chat_all(tokenizer, model, records, form, args):
-    """The clean or wrapped prompts of pairs. Raises UserError: one leaves no room for a response
-    of `args.max_new_tokens`. args.pairs: the file they are from."""
+def chat_all(tokenizer, model, records, form, args, times=1):
+    """The clean or wrapped prompts of pairs, each so many times. Raises UserError: one leaves no
+    room for a response of `args.max_new_tokens`. args.pairs: the file they are from."""
     prompts = [chat(tokenizer, record[form]) for record in records]
     room = model.config.max_position_embeddings - args.max_new_tokens
     for number, prompt in enumerate(prompts, 1):
@@ -106,7 +106,7 @@ def chat_all(tokenizer, model, records, form, args):
             raise UserError(f"{args.pairs}, pair {number}: a prompt of {len(prompt)} tokens "
                             f"leaves no room for {args.max_new_tokens} new ones: shorten it, or "
                             "lower --max-new-tokens")
-    return prompts
+    return [prompt for prompt in prompts for _ in range(times)]
 
 
 def decode(tokenizer, ids):

@@ -74,8 +74,7 @@ def settings_of(runs):
 
 def responses_of(base, tokenizer, records, config):
     """The teacher's responses as (clean prompts, wrapped prompts, response, mask)."""
-    room = base.config.max_position_embeddings - config.max_new_tokens
-    clean, wrapped = (chat_all(tokenizer, [r[form] for r in records], room, config)
+    clean, wrapped = (chat_all(tokenizer, base, records, form, config, config.samples)
                       for form in ("clean", "wrapped"))
     return clean, wrapped, *offline_responses(base, clean, config)
 
