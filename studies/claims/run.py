@@ -34,11 +34,11 @@ def grid_stages(folder, preset, found=NOTHING):
     return stages
 
 
-def seed_stages(folder, preset, seeds, rates, second):
-    """Everything on these seeds with the chosen learning rates, seed by seed."""
+def seed_stages(folder, preset, seeds, rates, second, together=1):
+    """Everything on these seeds with the chosen learning rates, so many of them at a time."""
     stages = []
-    for seed in seeds:
-        part = plan.part_of(preset, (seed,))
+    for at in range(0, len(seeds), together):
+        part = plan.part_of(preset, tuple(seeds[at:at + together]))
         stages += [*plan.first_stages(folder, part), *plan.second_stages(folder, part, rates),
                    *the_map.stages(folder, part, rates, second)]
     return [stage for stage in stages if stage]
@@ -61,7 +61,8 @@ def run(name, before=None):
     grid, grid_of_map, _ = collect_tries(folder, before)
     rates = chosen(grid, "at the pairs and updates of the cells")
     second = chosen(grid_of_map, "at the map's second reading")
-    pool.run_stages(seed_stages(folder, preset, seeds, rates, second), at_once, folder)
+    stages = seed_stages(folder, preset, seeds, rates, second, max(1, at_once // 4))
+    pool.run_stages(stages, at_once, folder)
     return folder
 
 

@@ -105,6 +105,10 @@ def test_the_seeds_are_done_one_by_one_and_all_of_them():
     assert not any("/grid" in name for name in names)
     first = {name.split("/")[0] for stage in parts[0] for _, name, _ in stage}
     assert first == {f"{family}-0" for family in ("llama", "qwen2", "qwen3")}
+    many = run.seed_stages("out", preset, preset.seeds, RATES, RATES, 4)    # with more cores
+    assert {name for stage in many for _, name, _ in stage} == names
+    assert [f"llama-{seed}/base" in {name for _, name, _ in many[1]} for seed in (0, 3, 4)] == [
+        True, True, False]
 
 
 def test_the_tries_go_seed_by_seed_and_what_is_found_is_not_tried_again():
