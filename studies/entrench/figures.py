@@ -1,7 +1,7 @@
 """The figures of README.md, where matplotlib is installed."""
 import numpy as np
 
-from studies.entrench.methods import LABELS, STEPS
+from studies.entrench.methods import LABELS, SLOWER, STEPS
 from studies.entrench.organisms import ORGANISMS
 from studies.entrench.run import KINDS
 from studies.entrench.tables import (SCORES, STRENGTHS, TITLES, cells_of, change, label_change,
@@ -9,6 +9,7 @@ from studies.entrench.tables import (SCORES, STRENGTHS, TITLES, cells_of, change
 from support.report import COLOURS, pyplot, save_figure
 
 MARKERS = "os^vDPX*"
+PAIRED = [name for name in STEPS if name != SLOWER]
 SHADES = [*COLOURS, "#882255"]                            # one for each run with labels
 
 
@@ -44,7 +45,7 @@ def draw_main(study, path):
                                  markersize=5, label=run, linewidth=2 if i < 2 else 1)
         x, y = curve(study, organism, "greedy, planted")
         axes[0, column].plot(x, y, "k--", marker="+", label="greedy, planted prompts")
-        for i, name in enumerate(STEPS):
+        for i, name in enumerate(PAIRED):
             for kind, line in zip(KINDS, ("-", "--")):
                 x, y = curve(study, organism, f"{name}, {kind}")
                 axes[1, column].plot(x, y, color=COLOURS[i + 1], marker=MARKERS[i],
@@ -77,7 +78,7 @@ def draw_details(study, path):
                  if label_change(*step) is not None]
         labels.scatter([label_change(*s) for s in every], [change(*s) for s in every], **look)
         kl.scatter([label_kl(*s) for s in every], [abs(change(*s)) for s in every], **look)
-    for i, name in enumerate(STEPS):
+    for i, name in enumerate(PAIRED):
         for kind in KINDS:
             every = [(strength["before"]["figures"][kind]["value"], after)
                      for organism in ORGANISMS

@@ -158,10 +158,11 @@ LABELS = {"sampling": sampling, "greedy": greedy, "rejection": rejection,
           "self-confidence": self_confidence, "diverse": diverse_decoding,
           "multi-view": multi_view, "self-refinement": self_refinement,
           "self-rewarding": self_rewarding}
+SLOWER = "opct-3e-4"        # how much of what `opct` does comes from its larger learning rate?
 # Name -> step function, --loss, learning rate. `bct` and `bct-exact` are the arms `sft`,
 # `sft-exact`; the rates of the four arms are those of studies/claims.
 STEPS = {"bct": (sft_step, "sampled", 6e-4), "bct-exact": (sft_step, "exact", 6e-4),
          "bct-soft": (bct_soft_step, "exact", 1e-4), "act": (act_step, "exact", 6e-4),
-         "opct": (opct_step, "sampled", 1e-3),
-         "opct-exact": (opct_step, "exact", 3e-4)}
+         "opct": (opct_step, "sampled", 1e-3), "opct-exact": (opct_step, "exact", 3e-4),
+         SLOWER: (opct_step, "sampled", 3e-4)}
 LABEL_STEP = (label_step, "sampled", 6e-4)                  # plain SFT, the same for all labels

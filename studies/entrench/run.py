@@ -288,6 +288,8 @@ def run_cell(folder, name, seed, preset):
     exam = Exam(ORGANISMS[name], world, tokenizer, seed, preset)
     if not (at / "base.json").exists():
         figures, examples = exam.measure(base, base)
+        for kind in KINDS:
+            figures[kind] = exam.rate_on(base, kind)["rate"]
         write_json(at / "base.json", {"figures": figures, "examples": examples})
     plant_strengths(at, name, base, world, tokenizer, seed, preset)
     for number in preset.strengths:

@@ -42,7 +42,9 @@ def steps_of(study, organism, run, seed=None, number=None):
     A rate of which no answer can be read is left out; `lost` counts these."""
     for cell in cells_of(study, organism, seed):
         for each, strength in cell["strengths"].items():
-            after = strength["runs"][run]
+            after = strength["runs"].get(run)
+            if after is None:                               # added after these seeds had run
+                continue
             ends = rate_of(strength["before"]["figures"]), rate_of(after["figures"])
             if None not in ends and number in (None, each):
                 yield *ends, strength, after
@@ -224,10 +226,11 @@ def runs_table(study, organism):
         for cell in cells_of(study, organism, seed):
             for number, strength in cell["strengths"].items():
                 figures = strength["before"]["figures"]
-                runs = [strength["runs"][f"{name}, unhealthy"]["figures"] for name in names]
-                rates = figures["unhealthy"], figures["rate"], *(run["rate"] for run in runs)
-                if all(rates):
-                    cells = [f"{100 * rate['value']:.0f}" for rate in rates]
+                runs = [strength["runs"].get(f"{name}, unhealthy") for name in names]
+                rates = [figures["unhealthy"], figures["rate"],
+                         *(run and run["figures"]["rate"] for run in runs)]
+                if all(rates[:2]):
+                    cells = [f"{100 * rate['value']:.0f}" if rate else "-" for rate in rates]
                     name = f"{STRENGTHS[number].lower()}, seed {seed}"
                     rows.setdefault((seed, *cells), [name, *cells])
     return markdown([["", "teacher", "before", *names],
