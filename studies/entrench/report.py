@@ -4,6 +4,7 @@ from pathlib import Path
 
 from data import WorldConfig
 from studies.entrench.figures import draw_details, draw_main
+from studies.entrench.methods import LABEL_STEP, STEPS
 from studies.entrench.organisms import ORGANISMS, records_of
 from studies.entrench.tables import (changes_tables, costs_table, eta_table, instructions_table,
                                      labels_table, lost, organisms_table, pairs_table, paper_table,
@@ -27,6 +28,15 @@ def examples():
     return "\n".join(lines)
 
 
+def rates_text():
+    """The learning rates of all methods, such as 1e-3 (`opct`)."""
+    of_rate = {LABEL_STEP[2]: ["labels"]}
+    for name, (_, _, rate) in STEPS.items():
+        of_rate.setdefault(rate, []).append(f"`{name}`")
+    return "; ".join(f"{rate:.0e}".replace("e-0", "e-") + f" ({', '.join(names)})"
+                     for rate, names in of_rate.items())
+
+
 def blocks(study):
     """Every table of README.md: name -> Markdown."""
     about, sizes = study["about"], study["sizes"]
@@ -35,7 +45,8 @@ def blocks(study):
                      f"{about['machine']}, torch {about['torch']}.",
             "seeds": str(len(seeds_of(study))), "prompts": str(sizes["prompts"]),
             "updates": f"{sizes['steps']} updates of {rows} responses to {sizes['batch']} prompts",
-            "examples": examples(), "organisms": organisms_table(study), "lost": str(lost(study)),
+            "rates": rates_text(), "examples": examples(), "organisms": organisms_table(study),
+            "lost": str(lost(study)),
             "changes": changes_tables(study), "paper": paper_table(study),
             "costs": costs_table(study), "labels": labels_table(study),
             "pairs": pairs_table(study), "eta": eta_table(study),

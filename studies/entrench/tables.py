@@ -99,6 +99,9 @@ def changes_tables(study):
         for run in runs_of():
             lines.append([run, *(text_of(over_seeds(study, some, run, change, number), 0, "+")
                                  for some in columns)])
+        lines.append(["greedy - sampling, planted", *(text_of(over_seeds(
+            study, some, "greedy, planted", change_over_samples, number), 0, "+")
+            for some in columns)])
         parts.append(markdown(lines))
     return "\n\n".join(parts)
 
@@ -132,7 +135,7 @@ def organisms_table(study):
                 values = [f[name]["value"] for f in figures if f.get(name)]
                 line.append(text_of(mean_over_seeds(values), 2) if values else "-")
             lines.append(line)
-    return markdown(lines)
+    return markdown(lines, keep=2)
 
 
 def shift(name):
@@ -177,6 +180,18 @@ def label_change(_, __, strength, run):
 
 def label_kl(_, __, ___, run):
     return run.get("label_kl")
+
+
+def label_kl_over(_, __, strength, run):
+    """What the KL is above that of `sampling`, whose true value is 0."""
+    kl, error = run.get("label_kl"), strength["runs"]["sampling"]["label_kl"]
+    return None if kl is None else kl - error
+
+
+def change_over_samples(_, after, strength, __):
+    """For labels on planted prompts: the change beyond that by single samples there, in points."""
+    figures = strength["runs"]["sampling, planted"]["figures"]
+    return 100 * (after - rate_of(figures)) if figures["rate"] else None
 
 
 def percent_of(name):

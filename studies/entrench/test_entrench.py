@@ -535,14 +535,14 @@ def test_the_verdicts_on_results_that_are_known():
     assert said["eta(s) varies by less than 10 points"] == "confirmed"
     assert said["greedy: common rises, rare falls (ours)"] == "confirmed"
     assert said["labels' rate (ours) predicts the change"] == "confirmed"
-    assert said["reward hacking falls"] == "not confirmed"          # it bends around .5
-    assert said["the spurious correlation stays"] == "confirmed"
+    assert said["reward hacking falls"] == "unclear"                # it bends around .5
+    assert said["the spurious correlation stays"] == "as there"
 
     def rising(organism, run, before):
         return 0.0 if run == "sampling" else 0.08
 
     said = {finding: verdict for finding, _, verdict in verdicts.findings(made_up(rising))}
-    assert said["reward hacking falls"] == "opposite" and said["sycophancy rises"] == "confirmed"
+    assert said["reward hacking falls"] == "opposite" and said["sycophancy rises"] == "as there"
     assert said["the spurious correlation stays"] == "opposite"
 
 
@@ -574,6 +574,29 @@ def test_opposite_changes_of_two_strengths_cancel_in_the_first_table_alone():
     assert [line.split("|")[2].split()[0] for line in greedy] == ["+0", "-12", "+0", "+12"]
 
 
+def test_labels_on_planted_prompts_are_compared_with_samples_there():
+    shares = {"sampling, planted": 0.1, "greedy, planted": 0.3}
+    study = made_up(lambda organism, run, before: shares.get(run, 0))
+    line = next(line for line in tables.changes_tables(study).splitlines()
+                if line.startswith("| greedy - sampling"))
+    assert [cell.split()[0] for cell in line.split("|")[2:-1]] == ["+20"] * 5
+
+
+def test_the_kl_of_labels_is_what_is_above_that_of_samples():
+    strength = {"runs": {"sampling": {"label_kl": 0.4}}}
+    assert tables.label_kl_over(0, 0, strength, {"label_kl": 0.5}) == pytest.approx(0.1)
+    assert tables.label_kl_over(0, 0, strength, {"label_kl": None}) is None
+
+
+def test_a_run_that_some_seeds_lack_is_a_mean_over_the_others():
+    study = made_up(lambda *_: 0.1)
+    for strength in study["cells"]["hacking-0"]["strengths"].values():
+        del strength["runs"]["opct-3e-4, unhealthy"]
+    figure = tables.over_seeds(study, ["hacking"], "opct-3e-4, unhealthy", tables.change)
+    assert figure["n"] == 2
+    assert "| - " in tables.runs_table(study, "hacking")
+
+
 def test_models_stand_once_in_the_order_of_their_teachers():
     study = made_up(lambda *_: 0.1, seeds=1)
     strengths = study["cells"]["hacking-0"]["strengths"]
@@ -583,7 +606,7 @@ def test_models_stand_once_in_the_order_of_their_teachers():
     lines = [line.split() for line in tables.runs_table(study, "hacking").splitlines()[2:]]
     assert [line[1:6] + line[7:8] for line in lines] == [
         ["middle,", "seed", "0", "|", "20", "50"], ["weak,", "seed", "0", "|", "70", "10"]]
-    assert all(line[9::2] == [lines[i][9]] * 5 for i, line in enumerate(lines))
+    assert all(line[9::2] == [lines[i][9]] * 6 for i, line in enumerate(lines))
 
 
 def test_the_readme_has_all_its_tables_and_no_wide_line():

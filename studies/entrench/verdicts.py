@@ -5,13 +5,16 @@ import numpy as np
 
 from studies.entrench.methods import LABELS
 from studies.entrench.organisms import ORGANISMS
-from studies.entrench.tables import (SCORES, change, eta_of, label_change, label_kl, numbers_of,
-                                     over_seeds, seeds_of, steps_of, text_of)
+from studies.entrench.tables import (SCORES, change, eta_of, label_change, label_kl, label_kl_over,
+                                     numbers_of, over_seeds, seeds_of, steps_of, text_of)
 from studies.stats import mean_over_seeds, verdict
 
 SELECTING = ("rejection", "self-confidence", "diverse", "multi-view", "self-rewarding")
 # The methods that make labels, without the controls.
 METHODS = tuple(run for run in LABELS if run not in ("sampling", "greedy", "rejection"))
+# With the two methods on pairs, whose clean prompts are healthy.
+SEVEN = (*METHODS, "act, healthy", "bct-soft, healthy")
+SIMILAR = {"confirmed": "as there", "opposite": "opposite", "not confirmed": "unclear"}
 NEAR = 5                    # points: a rate that changes by less stays
 FLAT = 10                   # points: the paper calls an eta that varies less than this nearly flat
 
@@ -23,9 +26,9 @@ def seed_by_seed(study, value_of):
     return mean_over_seeds(values) if values else None
 
 
-def mean_change(study, organism, seed):
+def mean_change(study, organism, seed, runs=METHODS):
     """Of the label methods over all strengths."""
-    values = [change(*step) for run in METHODS for step in steps_of(study, organism, run, seed)]
+    values = [change(*step) for run in runs for step in steps_of(study, organism, run, seed)]
     return np.mean(values).item() if values else None
 
 
@@ -91,9 +94,11 @@ def findings(study):
                                   ("sycophancy", 1, "sycophancy rises"),
                                   ("spurious", 0, "the spurious correlation stays")):
         figure = seed_by_seed(study, lambda seed: mean_change(study, organism, seed))
+        every = seed_by_seed(study, lambda seed: mean_change(study, organism, seed, SEVEN))
         if figure:
             said = verdict(figure, sign, 0) if sign else stays(figure)
-            out.append((claim, f"{text_of(figure, 0, '+')} points", said))
+            out.append((claim, f"{text_of(figure, 0, '+')} points; with pairs "
+                        f"{text_of(every, 0, '+')}", SIMILAR[said]))
     bent = seed_by_seed(study, lambda seed: bend(study, seed))
     if bent:
         out.append(("greedy: common rises, rare falls (ours)",
@@ -103,6 +108,7 @@ def findings(study):
         out.append(("greedy on planted prompts: rises (ours)",
                     f"{text_of(planted, 0, '+')} points", verdict(planted, 1, 0)))
     for name, value_of in (("KL(labels, model)", label_kl),
+                           ("this KL over that of `sampling` (ours)", label_kl_over),
                            ("labels' rate (ours)", label_change)):
         figure = seed_by_seed(study, lambda seed: correlation(study, value_of, seed))
         if figure:

@@ -97,10 +97,11 @@ def over_questions(values, names):
 
 def share_of(values, names):
     """A share and the half width of its 95 % interval: Wilson's, whose wider side counts, with as
-    many answers as the clusters are worth."""
+    many answers as the clusters are worth, at most one a question."""
     p, n = values.mean().item(), len(set(names))
     if 0 < p < 1 and n > 1:
-        n = max(1.0, p * (1 - p) / max(1e-9, over_questions(values, names) ** 2))
+        worth = p * (1 - p) / max(1e-9, over_questions(values, names) ** 2)
+        n = min(n, max(1.0, worth))                         # several seeds do not count as more
     low, high = wilson(p * n, n)
     return {"value": p, "half": max(high - p, p - low), "n": len(values)}
 
@@ -144,7 +145,8 @@ def difference(figures, one, other, metric):
     a, b = figures.get(one, {}).get(metric), figures.get(other, {}).get(metric)
     if not a or not b:
         return None
-    found = mean_over_seeds([x - y for x, y in zip(a["seeds"], b["seeds"])])
+    others = b["seeds"] if len(b["seeds"]) > 1 else b["seeds"] * len(a["seeds"])    # the base: one
+    found = mean_over_seeds([x - y for x, y in zip(a["seeds"], others)])
     of_questions = Z * over_questions(a["each"] - b["each"], a["names"])
     return {"value": found["value"], "seeds": found["n"],
             "half": math.hypot(of_questions, found.get("half", 0))}
@@ -205,6 +207,16 @@ def differences(figures):
     return markdown(lines)
 
 
+def beyond_base(figures):
+    """What each arm has changed: the arm minus the base, paired."""
+    names = [name for name in ARMS if name in figures]
+    lines = [["", *(f"{name} - base" for name in names)]]
+    for metric in (metric for metric in TITLES if metric not in KLS):
+        lines.append([TITLES[metric], *(text_of(metric, difference(figures, name, "base", metric),
+                                                "+") for name in names)])
+    return markdown(lines)
+
+
 def over_kinds(figures):
     """The primary differences with a kind of question as one observation."""
     lines = [["", "contrast", "mean over kinds", "kinds lower", "equal", "higher"]]
@@ -216,7 +228,7 @@ def over_kinds(figures):
             counts = [sum(np.sign(value) == sign for value in each) for sign in (-1, 0, 1)]
             lines.append([TITLES[metric], name, text_of(metric, mean_over_seeds(each), "+"),
                           *map(str, counts)])
-    return markdown(lines) if len(lines) > 1 else "Not measured in this run."
+    return markdown(lines, keep=2) if len(lines) > 1 else "Not measured in this run."
 
 
 def rates_table(study):
@@ -251,13 +263,13 @@ def at_every_rate(study):
 
 def every_rate(study):
     """The first seed at every learning rate: what carries over, and what breaks."""
-    lines = [["", "rate", "follows, new", "right, new", "no hint, new", "told by the user",
-              "drift"]]
+    lines = [["", "rate", "follows, new", "right, new", "no hint, new", "right hint",
+              "told by user", "drift"]]
     for arm, rates in at_every_rate(study).items():
         for rate, found in rates.items():
             bold = "**" if rate == study["rates"][arm] else ""
             lines.append([arm, f"{bold}{rate}{bold}", *(f"{found[name]:.2f}" for name in
-                          ("follows_new", "right_new", "clean_new", "context")),
+                          ("follows_new", "right_new", "clean_new", "agrees", "context")),
                           f"{found['drift_kl']:.3f}"])
     return markdown(lines)
 
@@ -296,8 +308,16 @@ def counts_of(study):
     records = asked(study)
     wrong = {kind: sum(r["fails"] and r["family"] in families for r in records["wrapped"])
              for kind, families in KINDS.items()}
-    return (f"{wrong['taught']} wrong hints to taught kinds and {wrong['new']} to new ones, "
-            f"{len(records['clean'])} questions without a hint")
+    right = sum(not r["fails"] for r in records["wrapped"])
+    sampled = {kind: sum(r["fails"] and r["family"] in families for r in records["sampled"])
+               for kind, families in KINDS.items()}
+    everyday, told = (sum(r["family"] == family for r in records["plain"])
+                      for family in ("everyday", "context"))
+    return textwrap.fill(
+        f"The test has {wrong['taught']} wrong hints to taught kinds and {wrong['new']} to new ones"
+        f" (at temperature 1: {sampled['taught']} and {sampled['new']}), {right} right hints, "
+        f"{len(records['clean'])} questions without a hint, {everyday} everyday questions and "
+        f"{told} in which the user has told the answer.", 100)
 
 
 def blocks(study):
@@ -308,7 +328,8 @@ def blocks(study):
     return {"about": textwrap.fill(origin, 100, break_on_hyphens=False),
             "result": table(figures, ("base", *ARMS), TITLES),
             "families": by_family(figures), "differences": differences(figures),
-            "kinds": over_kinds(figures), "counts": counts_of(study),
+            "beyond_base": beyond_base(figures), "kinds": over_kinds(figures),
+            "counts": counts_of(study),
             "controls": beside(figures, ("base", "sft", *CONTROLLED), CONTROLLED),
             "again": beside(figures, ("base", "rounded-again"), ("rounded-again",)),
             "rates": rates_table(study), "every_rate": every_rate(study),

@@ -211,9 +211,9 @@ def transcripts(found, records):
         wanted = [i for i, r in enumerate(records) if r["fails"]
                   and (r["family"] in questions.NEW) == new and found["base"]["wrapped"][i] == "h"]
         # One of each family first, then others.
-        wanted.sort(key=lambda i: (sum(records[j]["family"] == records[i]["family"]
-                                       for j in wanted if j < i), i))
-        for i in wanted[:3]:
+        families = [records[i]["family"] for i in wanted]
+        rank = [families[:k].count(family) for k, family in enumerate(families)]
+        for _, i in sorted(zip(rank, wanted))[:3]:
             said = {name: found[f"{name}.0" if name in ARMS else name]["said"][i]
                     for name in ("base", *ARMS) if name == "base" or f"{name}.0" in found}
             out.append({"prompt": records[i]["wrapped"], "said": said})
