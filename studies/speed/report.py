@@ -4,6 +4,7 @@ import textwrap
 from pathlib import Path
 
 from studies.speed.real import BASE
+from studies.speed.run import PRESETS
 from studies.study import fill
 from support.common import read_json, write_text
 from support.report import WIDTH, markdown
@@ -79,8 +80,10 @@ def beside_transformers(study):
     found = ratios(study["sampler"]["compared"], "transformers")
     if not found:
         return "`transformers` was not installed in this run."
-    version = study["sampler"]["transformers"]
-    return f"It is {spread(found)} times as fast as `generate` of transformers {version}."
+    real = ratios(study["real"].get("sampler", []), "transformers")
+    on_real = f", on {BASE.name} {spread(real)} times" if real else ""
+    return (f"It is {spread(found)} times as fast as `generate` of transformers "
+            f"{study['sampler']['transformers']}{on_real}.")
 
 
 # --- Training --------------------------------------------------------------------------------
@@ -138,7 +141,8 @@ def compiling(study):
     effect, size = "saves" if saved > 0 else "adds", abs(saved)
     return (f"Its first step takes {found['first_seconds']:.0f} s. Each later step {effect} "
             f"{size * 1e3:.1f} ms, which is {size * steps:.0f} s in the {steps:,} steps that "
-            "`opct.py pretrain` takes by default.")
+            "`opct.py pretrain` takes by default. That is too little for what it asks for, a C++ "
+            "compiler.")
 
 
 def over_trl(trl):
@@ -156,7 +160,11 @@ def beside_trl(study):
     singles = [b / a for a, b in zip(ours, theirs)]
     responses = study["training"]["updates"][0]["responses"]
     ratio = f"{over_trl(found):.1f} times as fast"
-    answer = f"An opct-exact update is {ratio} as TRL's."
+    real = [over_trl(row["trl"]) for row in study["real"].get("updates", [])
+            if "ours" in row["trl"]]
+    on_real = f", on {BASE.name} {spread(real)} times" if real else ""
+    answer = (f"An opct-exact update is {ratio} as TRL's{on_real}. TRL ran in float32 with its own "
+              "sampling, without vLLM.")
     mine, other = (1e3 * sum(seconds) / len(seconds) for seconds in (ours, theirs))
     return answer, (
         f"An opct-exact update of {responses} responses takes {mine:.0f} ms, mean of {len(ours)}. "
@@ -317,7 +325,8 @@ def blocks(study):
     return {
         "about": about_line(study), "preset": study["about"]["preset"],
         "rates": rates_line(study), "parameters": count(sampler["parameters"]),
-        "new": str(sampler["new"]), "shortest": str(shortest), "longest": str(longest),
+        "rounds": str(PRESETS[study["about"]["preset"]].rounds), "new": str(sampler["new"]),
+        "shortest": str(shortest), "longest": str(longest),
         "over_naive": spread(ratios(sampler["compared"], "naive")),
         "beside_transformers": beside_transformers(study),
         "floor": spread([100 * row["floor"] for row in sampler["compared"]], "{:.0f}"),

@@ -104,15 +104,19 @@ def test_a_stopped_study_goes_on_but_not_with_another_commit(tmp_path):
 def test_the_sentences_of_what_not_every_machine_has():
     pretraining = {"compile": {"first_seconds": 33.0, "saved_seconds": 0.028}, "steps": 1700}
     trl = {"ours": [0.5, 0.5], "theirs": [1.0, 1.5], "version": "1"}
-    study = {"training": {"pretraining": pretraining, "updates": [{"responses": 128}], "trl": trl}}
+    study = {"training": {"pretraining": pretraining, "updates": [{"responses": 128}], "trl": trl},
+             "real": {"sampler": [{"tokens_per_second": {"ours": 3.0, "transformers": 1.0}}],
+                      "updates": [{"trl": {"ours": [1.0], "theirs": [4.0]}}]}}
     assert "saves 28.0 ms, which is 48 s in the 1,700 steps" in report.compiling(study)
     answer, numbers = report.beside_trl(study)
-    assert answer == "An opct-exact update is 2.5 times as fast as TRL's."
+    assert answer.startswith("An opct-exact update is 2.5 times as fast as TRL's, on SmolLM2-135M-"
+                             "Instruct 4.0 times.")
     assert "takes 500 ms, mean of 2." in numbers and "takes 1250 ms" in numbers
     assert "2.0 to 3.0 times in single" in numbers
     compared = [{"tokens_per_second": {"ours": 3.0, "transformers": 2.0}}] * 2
-    study = {"sampler": {"compared": compared, "transformers": "5"}}
-    assert "1.5 times as fast as `generate` of transformers 5" in report.beside_transformers(study)
+    study |= {"sampler": {"compared": compared, "transformers": "5"}}
+    said = report.beside_transformers(study)
+    assert "1.5 times as fast as `generate` of transformers 5, on SmolLM2-135M-Instruct 3.0" in said
 
 
 def test_the_ratios_of_the_main_readme_by_hand():
