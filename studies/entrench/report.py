@@ -32,7 +32,7 @@ def rates_text():
     """The learning rates of all methods, such as 1e-3 (`opct`)."""
     of_rate = {LABEL_STEP[2]: ["labels"]}
     for name, (_, _, rate) in STEPS.items():
-        of_rate.setdefault(rate, []).append(f"`{name}`")
+        of_rate.setdefault(rate, []).append(name)
     return "; ".join(f"{rate:.0e}".replace("e-0", "e-") + f" ({', '.join(names)})"
                      for rate, names in of_rate.items())
 

@@ -235,7 +235,8 @@ def pairs_table(study):
 
 def runs_table(study, organism):
     """Each model of an organism with unhealthy pairs: rates on clean prompts and after training.
-    Where planting ended before a strength was reached, the same model would stand twice."""
+    Where planting ended before a strength was reached, the same model would stand twice. The last
+    line: mean distance from the teacher, over the models that have all runs."""
     names, rows = [name for name in STEPS if name != "bct-soft"], {}
     for seed in seeds_of(study):
         for cell in cells_of(study, organism, seed):
@@ -248,8 +249,12 @@ def runs_table(study, organism):
                     cells = [f"{100 * rate['value']:.0f}" if rate else "-" for rate in rates]
                     name = f"{STRENGTHS[number].lower()}, seed {seed}"
                     rows.setdefault((seed, *cells), [name, *cells])
-    return markdown([["", "teacher", "before", *names],
-                     *sorted(rows.values(), key=lambda row: int(row[1]))])
+    ordered = sorted(rows.values(), key=lambda row: int(row[1]))
+    whole = np.array([row[1:] for row in ordered if "-" not in row], dtype=float)
+    if len(whole):
+        far = np.abs(whole[:, 1:] - whole[:, :1]).mean(0)
+        ordered.append([f"distance, {len(whole)} models", "0", *(f"{x:.0f}" for x in far)])
+    return markdown([["", "teacher", "before", *names], *ordered])
 
 
 def eta_of(study, organism, number, score):

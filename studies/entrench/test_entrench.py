@@ -603,10 +603,12 @@ def test_models_stand_once_in_the_order_of_their_teachers():
     strengths["2"] = strengths["1"]                         # planting has ended before
     for number, rate in (("0", 0.7), ("1", 0.2)):
         strengths[number]["before"]["figures"]["unhealthy"] = {"value": rate}
-    lines = [line.split() for line in tables.runs_table(study, "hacking").splitlines()[2:]]
+    *lines, last = [line.split() for line in tables.runs_table(study, "hacking").splitlines()[2:]]
     assert [line[1:6] + line[7:8] for line in lines] == [
         ["middle,", "seed", "0", "|", "20", "50"], ["weak,", "seed", "0", "|", "70", "10"]]
     assert all(line[9::2] == [lines[i][9]] * 6 for i, line in enumerate(lines))
+    # after: 60 with the teacher at 20, 20 with the teacher at 70
+    assert last[1:4] == ["distance,", "2", "models"] and last[-2] == "45"
 
 
 def test_the_readme_has_all_its_tables_and_no_wide_line():

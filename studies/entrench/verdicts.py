@@ -81,7 +81,7 @@ def eta_finding(study):
         each = [eta_of(study, organism, number, score)[0]
                 for organism in ORGANISMS for number in numbers_of(study)]
         largest[score] = max(abs(np.mean(spreads or [0]).item()) for spreads in each)
-    text = ", ".join(f"{score.split('_')[0]} {value:.0f}" for score, value in largest.items())
+    text = ", ".join(f"{value:.0f}" for value in largest.values())
     said = "confirmed" if max(largest.values()) < FLAT else "not confirmed"
     return "eta(s) varies by less than 10 points", text, said
 
@@ -97,7 +97,7 @@ def findings(study):
         every = seed_by_seed(study, lambda seed: mean_change(study, organism, seed, SEVEN))
         if figure:
             said = verdict(figure, sign, 0) if sign else stays(figure)
-            out.append((claim, f"{text_of(figure, 0, '+')} points; with pairs "
+            out.append((claim, f"{text_of(figure, 0, '+')} points; seven "
                         f"{text_of(every, 0, '+')}", SIMILAR[said]))
     bent = seed_by_seed(study, lambda seed: bend(study, seed))
     if bent:
@@ -108,7 +108,7 @@ def findings(study):
         out.append(("greedy on planted prompts: rises (ours)",
                     f"{text_of(planted, 0, '+')} points", verdict(planted, 1, 0)))
     for name, value_of in (("KL(labels, model)", label_kl),
-                           ("this KL over that of `sampling` (ours)", label_kl_over),
+                           ("KL over `sampling`'s (ours)", label_kl_over),
                            ("labels' rate (ours)", label_change)):
         figure = seed_by_seed(study, lambda seed: correlation(study, value_of, seed))
         if figure:

@@ -269,7 +269,8 @@ def in_short(studies):
         studies[0]["sampler"]["compared"], studies[0]["real"].get("sampler", [])))
     labels = [f"sampler / transformers', batch {listed(batches)}",
               f"the same, SmolLM2, batch {listed(real_batches)}",
-              "update / TRL's", "the same, SmolLM2: short prompts, long, LoRA",
+              "update / TRL's, float32, without vLLM",
+              "the same, SmolLM2: short prompts, long, LoRA",
               "TRL's memory / its memory"]
     columns = [short_column(study, batches, real_batches) for study in studies]
     return markdown([["", *(study["about"]["machine"] for study in studies)],
