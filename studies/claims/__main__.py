@@ -4,7 +4,8 @@
     python -m studies.claims report               writes README.md and figures again, from
                                                   results.json, and the table of the main README
     python -m studies.claims report FOLDER        first takes the whole seeds of FOLDER over
-    python -m studies.claims rest                 those seeds of full that are not taken over yet
+    python -m studies.claims rest [SEEDS]         those seeds of full that are not taken over yet,
+                                                  or some of them, such as 5,6
     python -m studies.claims cell FAMILY SEED     one cell alone, to compare with results.json
 """
 import shutil
@@ -22,7 +23,8 @@ def main():
     default = default_preset()
     parser.add_argument("preset", nargs="?", default=default,
                         help=f"smoke, quick, full, rest, report or cell (default: {default})")
-    parser.add_argument("folder", nargs="?", help="report: the study to take over; cell: family")
+    parser.add_argument("folder", nargs="?", help="report: the study to take over; cell: family; "
+                        "rest: seeds")
     parser.add_argument("seed", nargs="?", type=int, help="cell: the seed")
     args = parser.parse_args()
     if args.preset == "cell":
@@ -38,11 +40,20 @@ def main():
         report.publish()
         return
     if args.preset == "rest":
-        folder = run.run("full", report.taken_over())
+        folder = run.run("full", report.taken_over(), seeds_of(args.folder))
     else:
         check_preset(args.preset, PRESETS)
         folder = run.run(args.preset)
     report.write_all(results.collect(folder, earlier(folder)), folder)
+
+
+def seeds_of(text):
+    """5,6 -> (5, 6); None -> all. Raises UserError."""
+    every = PRESETS["full"].seeds
+    names = set(text.split(",")) if text else set(map(str, every))
+    if not names <= set(map(str, every)):
+        raise UserError(f"rest {text}: seeds are {every[0]} to {every[-1]}, such as rest 5,6")
+    return tuple(seed for seed in every if str(seed) in names)
 
 
 def earlier(folder):

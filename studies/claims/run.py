@@ -44,14 +44,14 @@ def seed_stages(folder, preset, seeds, rates, second, together=1):
     return [stage for stage in stages if stage]
 
 
-def run(name, before=None):
+def run(name, before=None, only=None):
     """Runs the study of a preset, or goes on with it. Returns its folder.
 
-    before: the results of earlier sittings; what they hold is not run again.
+    before: the results of earlier sittings; what they hold is not run again. only: some seeds.
     """
     preset, folder, at_once = plan.PRESETS[name], f"out/study-claims-{name}", pool.places()
     found = before or NOTHING
-    seeds = [seed for seed in preset.seeds if f"llama-{seed}" not in found["cells"]]
+    seeds = [seed for seed in only or preset.seeds if f"llama-{seed}" not in found["cells"]]
     first = grid_stages(folder, preset, found)
     guess = dict.fromkeys(ARMS, preset.rates[-1])      # not chosen yet
     later = pool.seconds_of(seed_stages(folder, preset, seeds, guess, guess))

@@ -14,6 +14,7 @@ from opct import ConsistencyConfig, Pairs, cross_entropy, reverse_kl, score
 from studies import pool
 from studies.claims import map as the_map
 from studies.claims import map_tables, memory, report, run
+from studies.claims.__main__ import seeds_of
 from studies.claims.memory import GOOD, memorised, responses_of, token_logp, variations
 from studies.claims.plan import PRESETS, cells_of, value_of
 from studies.claims.results import (NOTHING, collect_tries, core_hours, whole_seeds,
@@ -109,6 +110,13 @@ def test_the_seeds_are_done_one_by_one_and_all_of_them():
     assert {name for stage in many for _, name, _ in stage} == names
     assert [f"llama-{seed}/base" in {name for _, name, _ in many[1]} for seed in (0, 3, 4)] == [
         True, True, False]
+
+
+def test_a_sitting_may_be_about_some_seeds():
+    assert seeds_of("6,5") == (5, 6) and seeds_of(None) == PRESETS["full"].seeds
+    for text in ("10", "5;6", "-1", ","):
+        with pytest.raises(UserError, match="such as rest 5,6"):
+            seeds_of(text)
 
 
 def test_the_tries_go_seed_by_seed_and_what_is_found_is_not_tried_again():
