@@ -126,6 +126,8 @@ def draw_details(study, path):
 
 # --- The map and the attacks -----------------------------------------------------------------
 
+FIRST_PANELS = {"failures_left": "failures left", "capabilities_lost": "capabilities lost",
+                "over_refusal": "harmless requests refused"}
 MAP_PANELS = {"failures_left": "failures left\n(mean of three axes)",
               "capabilities_lost": "capabilities lost\n(mean of three)",
               "over_refusal": "over-refusal", "drift_kl": "drift, nats a token",
@@ -175,6 +177,26 @@ def draw_map(study, path):
             ax.set(title=title, xlabel="updates (passes over a response)")
         row[0].set_ylabel(f"{pairs} pairs")
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5,
+               frameon=False)
+    save_figure(plt, fig, path)
+
+
+def draw_first(study, path):
+    """For the main README: three panels of the map at its largest number of pairs."""
+    plt = pyplot()
+    if plt is None:
+        return
+    most = max(point["pairs"] for point in study["map"]["points"])
+    points = [point for point in study["map"]["points"]
+              if point["pairs"] == most and not point["second"]]
+    fig, axes = plt.subplots(1, 3, figsize=(10, 3.4), layout="constrained")
+    for ax, (metric, title) in zip(axes, FIRST_PANELS.items()):
+        draw_map_panel(ax, points, metric)
+        ax.set_xticks([point["updates"] for point in points],
+                      [f"{point['updates']}\n({point['passes']:.0f})" for point in points])
+        ax.set_xticks([], minor=True)
+        ax.set(title=title, xlabel="updates (passes over a response)")
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5,
                frameon=False)
     save_figure(plt, fig, path)
 

@@ -191,6 +191,7 @@ def draw_all(study, folder):
     figures.draw_details(study, Path(folder) / "details.png")
     if "map" in study:
         figures.draw_map(study, Path(folder) / "map.png")
+        figures.draw_first(study, Path(folder) / "first.png")
         figures.draw_attacks(study, Path(folder) / "attacks.png")
         write_text(Path(folder) / "map.md", map_tables.appendix(study["map"]))
 
