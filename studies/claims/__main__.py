@@ -8,7 +8,6 @@
                                                   or some of them, such as 5,6
     python -m studies.claims cell FAMILY SEED     one cell alone, to compare with results.json
 """
-import shutil
 from pathlib import Path
 
 from model import ARCHITECTURES
@@ -35,8 +34,6 @@ def main():
     if args.preset == "report":
         if args.folder:
             report.take_over(results.collect(args.folder, earlier(args.folder)))
-            if Path(args.folder, "transcripts.md").exists():
-                shutil.copy(f"{args.folder}/transcripts.md", report.FOLDER)
         report.publish()
         return
     if args.preset == "rest":

@@ -194,6 +194,8 @@ def draw_all(study, folder):
         figures.draw_first(study, Path(folder) / "first.png")
         figures.draw_attacks(study, Path(folder) / "attacks.png")
         write_text(Path(folder) / "map.md", map_tables.appendix(study["map"]))
+    if study.get("transcripts"):
+        write_text(Path(folder) / "transcripts.md", study["transcripts"])
 
 
 def write_all(study, folder):
@@ -202,9 +204,6 @@ def write_all(study, folder):
     write_results(study, folder)
     tables = blocks(study)
     write_tables(folder, tables)
-    if (folder / "llama-0/results.md").exists():            # else of an earlier sitting
-        transcripts = (folder / "llama-0/results.md").read_text()
-        write_text(folder / "transcripts.md", "```" + transcripts.split("```")[1] + "```\n")
     draw_all(study, folder)
     show(f"\n{tables['study']}\n\n{tables['verdicts']}\n\n{tables['map_breaks']}\n\n"
          f"{tables['hours']}; written to {folder}: results.json, results.md, map.md, "

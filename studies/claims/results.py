@@ -169,8 +169,13 @@ def collect(folder, before=None):
              "core_hours": core_hours(folder)}
     found = collect_points(folder, preset, points, part.map_seeds)
     study = {"cells": cells, "grid": grid, "map": {"grid": second, "points": found},
-             "about": about}
+             "about": about, "transcripts": transcripts_of(folder) if 0 in seeds else None}
     return with_earlier(study, before) if before else study
+
+
+def transcripts_of(folder):
+    """The example responses of the first cell, a block of Markdown."""
+    return "```" + (Path(folder) / "llama-0/results.md").read_text().split("```")[1] + "```\n"
 
 
 def origin_of(abouts):
@@ -189,6 +194,7 @@ def with_earlier(study, before):
     for cell, kinds in before["about"]["core_hours"].items():
         hours[cell] = {**kinds, **hours.get(cell, {})}
     study["about"] |= origin_of([before["about"], study["about"]])
+    study["transcripts"] = study.get("transcripts") or before.get("transcripts")
     return study
 
 
