@@ -147,7 +147,9 @@ def test_a_later_sitting_adds_its_seeds_to_the_earlier_ones():
 
     earlier = sitting(0, "a", {"llama-0": {"map": 2.0}, "llama-2": {"grid": 1.0, "map": 0.5}},
                       [True, False])
+    earlier["transcripts"] = "of seed 0"
     study = with_earlier(sitting(2, "b", {"llama-2": {"map": 1.5}}, [False, True]), earlier)
+    assert study["transcripts"] == "of seed 0"
     assert study["cells"] == {"llama-0": 0, "llama-2": 2}
     assert [point["cells"] for point in study["map"]["points"]] == [
         {"llama-0": False, "llama-2": False}, {"llama-0": True, "llama-2": True}]
