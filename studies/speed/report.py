@@ -271,7 +271,7 @@ def in_short(studies):
               f"the same, SmolLM2, batch {listed(real_batches)}",
               "update / TRL's, float32, without vLLM",
               "the same, SmolLM2: short prompts, long, LoRA",
-              "TRL's memory / its memory"]
+              "TRL's memory / ours"]
     columns = [short_column(study, batches, real_batches) for study in studies]
     return markdown([["", *(study["about"]["machine"] for study in studies)],
                      *zip(labels, *columns)])
