@@ -51,7 +51,7 @@ from support.pairs import pair_transcripts, read_jsonl, shares
 from support.report import table
 from support.runs import read_log, weights_hash
 from support.statistics import ausc, best_of, rate, ratio
-from support.tokenizer import (TOKENIZER, chat, chat_all, check_vocabulary, decode,
+from support.tokenizer import (TOKENIZER, chat, chat_all, check_room, check_vocabulary, decode,
                                load_tokenizer)
 
 MAX_NEW_TOKENS = 64
@@ -269,12 +269,12 @@ def pairs(args):
     columns, first = columns_of(args.checkpoints), args.checkpoints[0]
     base, tokenizer = load_checkpoint(first, device), load_tokenizer(first)
 
-    def prompts_of(tokenizer, model):
-        return [chat_all(tokenizer, model, records, form, args) for form in ("clean", "wrapped")]
+    def prompts_of(tokenizer):
+        return [chat_all(tokenizer, base, records, form, args) for form in ("clean", "wrapped")]
 
-    prompts = prompts_of(tokenizer, base)
+    prompts = prompts_of(tokenizer)
     for folder in args.checkpoints[1:]:
-        if prompts_of(load_tokenizer(folder), base) != prompts:
+        if prompts_of(load_tokenizer(folder)) != prompts:
             raise UserError(f"{folder} has another tokenizer or template than {first}")
     out = Path(args.out or f"{Path(args.pairs).stem}-eval")
     out.mkdir(parents=True, exist_ok=True)
@@ -282,7 +282,8 @@ def pairs(args):
         began = time.time()
         model = base if folder == first else load_checkpoint(folder, device)
         check_vocabulary(tokenizer, model, folder)
-        prompts_of(tokenizer, model)                        # its context may be shorter
+        for some in prompts:
+            check_room(some, model, args)                   # its context may be shorter
         runs[name], answers[name] = evaluate_pairs(model, base, tokenizer, records,
                                                    args.max_new_tokens, args.seed)
         show(f"  {name}: {len(records)} pairs in {time.time() - began:.0f} s")

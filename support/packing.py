@@ -91,7 +91,8 @@ def pack_documents(world, tokenizer, random, rows):
 
 
 def pack_responses(prompts, responses):
-    """Packs responses behind their prompts; a prompt that several share is one trunk.
+    """Packs responses behind their prompts; a prompt that several share is one trunk, or more than
+    one where they are long.
 
     Returns the Packed and, response by response, the flat index of what predicts each token:
     the first token is predicted at the prompt's last one.

@@ -100,13 +100,18 @@ def chat_all(tokenizer, model, records, form, args, times=1):
     """The clean or wrapped prompts of pairs, each so many times. Raises UserError: one leaves no
     room for a response of `args.max_new_tokens`. args.pairs: the file they are from."""
     prompts = [chat(tokenizer, record[form]) for record in records]
+    check_room(prompts, model, args)
+    return [prompt for prompt in prompts for _ in range(times)]
+
+
+def check_room(prompts, model, args):
+    """Raises UserError where one of the prompts of pairs leaves no room for a response."""
     room = model.config.max_position_embeddings - args.max_new_tokens
     for number, prompt in enumerate(prompts, 1):
         if len(prompt) > room:
             raise UserError(f"{args.pairs}, pair {number}: a prompt of {len(prompt)} tokens "
                             f"leaves no room for {args.max_new_tokens} new ones: shorten it, or "
                             "lower --max-new-tokens")
-    return [prompt for prompt in prompts for _ in range(times)]
 
 
 def decode(tokenizer, ids):

@@ -47,7 +47,9 @@ def main():
 def seeds_of(text):
     """5,6 -> (5, 6); None -> all. Raises UserError."""
     every = PRESETS["full"].seeds
-    names = set(text.split(",")) if text else set(map(str, every))
+    if not text:
+        return every
+    names = set(text.split(","))
     if not names <= set(map(str, every)):
         raise UserError(f"rest {text}: seeds are {every[0]} to {every[-1]}, such as rest 5,6")
     return tuple(seed for seed in every if str(seed) in names)

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from data import judge, load_world
-from eval import MAX_NEW_TOKENS, respond, check_world
+from eval import MAX_NEW_TOKENS, check_world, respond
 from model import generate, load_checkpoint
 from opct import Pairs, finish, policy_gradient, reverse_kl, score, train
 from support.common import (Parser, UserError, add_flags, flag, generator, guarded, pick_device,

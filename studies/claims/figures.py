@@ -134,7 +134,7 @@ MAP_PANELS = {"failures_left": "failures left\n(mean of three axes)",
               "memorised": "memorised, nats a token"}
 
 
-def draw_map_panel(ax, points, metric):
+def draw_map_panel(ax, points, metric, title):
     """One figure against updates, an arm a line; hollow markers are the second reading."""
     for name in TARGETS:
         colour, marker, line = plots.STYLE[name]
@@ -153,6 +153,10 @@ def draw_map_panel(ax, points, metric):
     ax.axhline(0, color="black", linewidth=0.6)
     ax.set_xscale("log")
     ax.grid(axis="y", alpha=0.3)
+    passes = {point["updates"]: f"{point['updates']}\n({point['passes']:.0f})" for point in points}
+    ax.set_xticks(list(passes), passes.values())
+    ax.set_xticks([], minor=True)
+    ax.set(title=title, xlabel="updates (passes over a response)")
 
 
 def draw_map(study, path):
@@ -168,13 +172,8 @@ def draw_map(study, path):
                              sharey="col", squeeze=False, layout="constrained")
     for row, pairs in zip(axes, numbers):
         some = [point for point in points if point["pairs"] == pairs]
-        passes = {point["updates"]: f"{point['updates']}\n({point['passes']:.0f})"
-                  for point in some}
         for ax, (metric, title) in zip(row, MAP_PANELS.items()):
-            draw_map_panel(ax, some, metric)
-            ax.set_xticks(list(passes), passes.values())
-            ax.set_xticks([], minor=True)
-            ax.set(title=title, xlabel="updates (passes over a response)")
+            draw_map_panel(ax, some, metric, title)
         row[0].set_ylabel(f"{pairs} pairs")
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5,
                frameon=False)
@@ -191,11 +190,7 @@ def draw_first(study, path):
               if point["pairs"] == most and not point["second"]]
     fig, axes = plt.subplots(1, 3, figsize=(10, 3.4), layout="constrained")
     for ax, (metric, title) in zip(axes, FIRST_PANELS.items()):
-        draw_map_panel(ax, points, metric)
-        ax.set_xticks([point["updates"] for point in points],
-                      [f"{point['updates']}\n({point['passes']:.0f})" for point in points])
-        ax.set_xticks([], minor=True)
-        ax.set(title=title, xlabel="updates (passes over a response)")
+        draw_map_panel(ax, points, metric, title)
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5,
                frameon=False)
     save_figure(plt, fig, path)

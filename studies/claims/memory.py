@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from data import judge, load_world
-from eval import evaluate, respond, check_world
+from eval import check_world, evaluate, respond
 from model import load_checkpoint
 from opct import ConsistencyConfig, Pairs, offline_responses, reverse_kl, score
 from support.common import (Parser, UserError, add_number, guarded, pick_device, read_json, rng,

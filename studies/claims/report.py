@@ -186,7 +186,7 @@ def taken_over():
 
 
 def draw_all(study, folder):
-    """The figures, where matplotlib is installed, and the tables of the map."""
+    """The figures, where matplotlib is installed, the tables of the map, and the transcripts."""
     figures.draw_main(study, Path(folder) / "main.png")
     figures.draw_details(study, Path(folder) / "details.png")
     if "map" in study:

@@ -158,7 +158,7 @@ LABELS = {"sampling": sampling, "greedy": greedy, "rejection": rejection,
           "self-confidence": self_confidence, "diverse": diverse_decoding,
           "multi-view": multi_view, "self-refinement": self_refinement,
           "self-rewarding": self_rewarding}
-SLOWER = "opct-3e-4"        # how much of what `opct` does comes from its larger learning rate?
+SLOWER = "opct-3e-4"                                        # `opct` at the rate of `opct-exact`
 # Name -> step function, --loss, learning rate. `bct` and `bct-exact` are the arms `sft`,
 # `sft-exact`; the rates of the four arms are those of studies/claims.
 STEPS = {"bct": (sft_step, "sampled", 6e-4), "bct-exact": (sft_step, "exact", 6e-4),

@@ -29,7 +29,7 @@ def examples():
 
 
 def rates_text():
-    """The learning rates of all methods, such as 1e-3 (`opct`)."""
+    """The learning rates of all methods, such as 1e-3 (opct)."""
     of_rate = {LABEL_STEP[2]: ["labels"]}
     for name, (_, _, rate) in STEPS.items():
         of_rate.setdefault(rate, []).append(name)

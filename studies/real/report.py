@@ -191,29 +191,19 @@ def by_family(figures):
     return markdown(lines)
 
 
-def differences(figures):
+def differences(figures, contrasts=CONTRASTS):
     """Paired differences. A primary one is bold where its interval leaves out zero; no verdict from
     one seed."""
-    lines = [["", *CONTRASTS]]
+    lines = [["", *contrasts]]
     for metric in (metric for metric in TITLES if metric not in KLS):
         line = [TITLES[metric]]
-        for name, (one, other) in CONTRASTS.items():
+        for name, (one, other) in contrasts.items():
             found = difference(figures, one, other, metric)
             sure = ((metric, name) in PRIMARY and found and found["seeds"] > 1
                     and abs(found["value"]) > found["half"])
             bold = "**" if sure else ""
             line.append(f"{bold}{text_of(metric, found, '+')}{bold}")
         lines.append(line)
-    return markdown(lines)
-
-
-def beyond_base(figures):
-    """What each arm has changed: the arm minus the base, paired."""
-    names = [name for name in ARMS if name in figures]
-    lines = [["", *(f"{name} - base" for name in names)]]
-    for metric in (metric for metric in TITLES if metric not in KLS):
-        lines.append([TITLES[metric], *(text_of(metric, difference(figures, name, "base", metric),
-                                                "+") for name in names)])
     return markdown(lines)
 
 
@@ -306,11 +296,9 @@ def beside(figures, runs, others):
 def counts_of(study):
     """How many questions the figures stand on."""
     records = asked(study)
-    wrong = {kind: sum(r["fails"] and r["family"] in families for r in records["wrapped"])
-             for kind, families in KINDS.items()}
+    wrong, sampled = ({kind: sum(r["fails"] and r["family"] in families for r in records[form])
+                       for kind, families in KINDS.items()} for form in ("wrapped", "sampled"))
     right = sum(not r["fails"] for r in records["wrapped"])
-    sampled = {kind: sum(r["fails"] and r["family"] in families for r in records["sampled"])
-               for kind, families in KINDS.items()}
     everyday, told = (sum(r["family"] == family for r in records["plain"])
                       for family in ("everyday", "context"))
     return textwrap.fill(
@@ -328,8 +316,9 @@ def blocks(study):
     return {"about": textwrap.fill(origin, 100, break_on_hyphens=False),
             "result": table(figures, ("base", *ARMS), TITLES),
             "families": by_family(figures), "differences": differences(figures),
-            "beyond_base": beyond_base(figures), "kinds": over_kinds(figures),
-            "counts": counts_of(study),
+            "beyond_base": differences(figures, {f"{name} - base": (name, "base")
+                                                 for name in ARMS if name in figures}),
+            "kinds": over_kinds(figures), "counts": counts_of(study),
             "controls": beside(figures, ("base", "sft", *CONTROLLED), CONTROLLED),
             "again": beside(figures, ("base", "rounded-again"), ("rounded-again",)),
             "rates": rates_table(study), "every_rate": every_rate(study),

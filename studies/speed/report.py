@@ -139,15 +139,21 @@ def compiling(study):
         return f"It does not run on this machine: `{found['error']}`."
     saved = found["saved_seconds"]
     effect, size = "saves" if saved > 0 else "adds", abs(saved)
+    gain = saved * steps - found["first_seconds"]
     return (f"Its first step takes {found['first_seconds']:.0f} s. Each later step {effect} "
             f"{size * 1e3:.1f} ms, which is {size * steps:.0f} s in the {steps:,} steps that "
-            "`opct.py pretrain` takes by default. That is too little for what it asks for, a C++ "
-            "compiler.")
+            f"`opct.py pretrain` takes by default. A whole run {'gains' if gain > 0 else 'loses'} "
+            f"{abs(gain):.0f} s.")
 
 
 def over_trl(trl):
     """How many times as fast as TRL's our updates are, by their means."""
     return sum(trl["theirs"]) / sum(trl["ours"])
+
+
+def beside_trl_rows(real):
+    """The updates of a real model that ran beside TRL's."""
+    return [row for row in real.get("updates", []) if "ours" in row["trl"]]
 
 
 def beside_trl(study):
@@ -160,8 +166,7 @@ def beside_trl(study):
     singles = [b / a for a, b in zip(ours, theirs)]
     responses = study["training"]["updates"][0]["responses"]
     ratio = f"{over_trl(found):.1f} times as fast"
-    real = [over_trl(row["trl"]) for row in study["real"].get("updates", [])
-            if "ours" in row["trl"]]
+    real = [over_trl(row["trl"]) for row in beside_trl_rows(study["real"])]
     on_real = f", on {BASE.name} {spread(real)} times" if real else ""
     answer = (f"An opct-exact update is {ratio} as TRL's{on_real}. TRL ran in float32 with its own "
               "sampling, without vLLM.")
@@ -254,12 +259,11 @@ def at_batches(rows, batches):
 def short_column(study, batches, real_batches):
     """The ratios of one machine, a cell for each row of the table; "-" where there are none."""
     real, trl = study["real"], study["training"]["trl"]
-    rows = [row for row in real.get("updates", []) if "ours" in row["trl"]]
+    rows = beside_trl_rows(real)
     found = [at_batches(study["sampler"]["compared"], batches),
              at_batches(real.get("sampler", []), real_batches),
-             [over_trl(trl)] if "ours" in trl else [], [over_trl(row["trl"]) for row in rows]]
-    found.append([taken(row, "theirs") / taken(row, "ours") for row in rows
-                  if taken(row, "theirs")])
+             [over_trl(trl)] if "ours" in trl else [], [over_trl(row["trl"]) for row in rows],
+             [taken(row, "theirs") / taken(row, "ours") for row in rows if taken(row, "theirs")]]
     return [", ".join(f"{ratio:.1f}" for ratio in cell) or "-" for cell in found]
 
 
