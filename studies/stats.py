@@ -75,6 +75,6 @@ def seeds_needed(figure, sign, margin, most=1000):
     spread = figure["half"] * math.sqrt(figure["n"]) / student(figure["n"])
     distance = abs(sign * figure["value"] + margin)
     for n in range(2, most + 1):
-        if (student(n) + POWER) * spread / math.sqrt(n) <= distance:
+        if (student(n) + POWER) * spread / math.sqrt(n) < distance:
             return n
     return None

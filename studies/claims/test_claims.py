@@ -210,6 +210,7 @@ def test_how_many_seeds_would_decide_by_hand():
     assert seeds_needed(figure, -1, 0) == 10 and seeds_needed(figure, 1, 0) == 10
     assert seeds_needed({**figure, "value": -2.0}, -1, 0) == 5      # 3.62 / 2.24 <= 2 at once
     assert seeds_needed(figure, 1, 1.0) is None                     # on the border: never
+    assert seeds_needed({"value": 0.0, "half": 0.0, "n": 5}, -1, 0) is None       # all equal
     assert seeds_needed({"value": -1.0, "n": 1}, -1, 0) is None
     for n, t in ((11, 2.228), (20, 2.093), (100, 1.984)):           # from the tables of t
         assert student(n) == pytest.approx(t, abs=0.002)
