@@ -50,6 +50,7 @@ from support.figures import draw_compare, draw_pairs
 from support.pairs import pair_transcripts, read_jsonl, shares
 from support.report import table
 from support.runs import read_log, weights_hash
+from support.settings import is_large
 from support.statistics import ausc, best_of, rate, ratio
 from support.tokenizer import (TOKENIZER, chat, chat_all, check_room, check_vocabulary, decode,
                                load_tokenizer)
@@ -68,7 +69,7 @@ PAIRS_ORDER = ("kl_wrapped", "kl_clean", "agreement", *(
 
 def batches(model, prompts):
     """The places of the prompts, those of like length together, so many at a time."""
-    size = 512 if sum(p.numel() for p in model.parameters()) < 20e6 else 32     # a cache is large
+    size = 32 if is_large(model) else 512                   # its KV cache is large, too
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     return [order[at:at + size] for at in range(0, len(order), size)]
 
@@ -215,14 +216,16 @@ def transcripts(records, responses):
 def check_world(folders, world):
     """Raises UserError where a checkpoint is damaged or has learnt another world: now, not after
     the first hour. Returns the hashes of their weights."""
-    models = [load_checkpoint(folder) for folder in folders]
-    for folder, model in zip(folders, models):
+    hashes = []
+    for folder in folders:
+        model = load_checkpoint(folder)
         one, other = (read_text(Path(x) / TOKENIZER, "make it again") for x in (folder, world))
         if one != other:
             raise UserError(f"{folder} has learnt another world than {world}: other tokenizer")
         check_vocabulary(load_tokenizer(folder), model, folder)
         read_log(folder)
-    return [weights_hash(model) for model in models]
+        hashes.append(weights_hash(model))
+    return hashes
 
 
 def compare(args):
@@ -279,7 +282,7 @@ def pairs(args):
     out = Path(args.out or f"{Path(args.pairs).stem}-eval")
     out.mkdir(parents=True, exist_ok=True)
     for name, folder in columns.items():
-        began = time.time()
+        began, model = time.time(), None                    # memory for one beside the base
         model = base if folder == first else load_checkpoint(folder, device)
         check_vocabulary(tokenizer, model, folder)
         for some in prompts:

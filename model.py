@@ -392,8 +392,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None, no
 # --- Checkpoints: a folder with config.json and model.safetensors, and the tokenizer's files ----
 
 def save_checkpoint(model, folder):
-    """Writes config.json and model.safetensors. A checkpoint that was loaded keeps its dtypes and
-    the fields of its config that this model does not know."""
+    """Writes config.json and model.safetensors, no weight rounded. A checkpoint that was loaded
+    keeps the dtypes of what has not changed, and fields of its config that are not known here."""
     config = model.config
     ours = {"architectures": [ARCHITECTURES[config.model_type]], "hidden_act": "silu",
             "dtype": "float32", **asdict(config)}

@@ -45,7 +45,7 @@ from support.pairs import (check_use, controlled, given_responses, pairs_of_upda
                            shown)
 from support.processes import average, join_processes, leave_processes, processes, say
 from support.report import coloured
-from support.settings import ConsistencyConfig, PretrainConfig, with_defaults
+from support.settings import ConsistencyConfig, PretrainConfig, is_large, with_defaults
 from support.tokenizer import (IM_END, PAD, chat, chat_all, check_vocabulary, decode,
                                load_tokenizer)
 
@@ -234,7 +234,7 @@ def train(model, step_of, config, optimizers):
 def finish(model, config):
     """Saves the checkpoint of a whole run, and drops the state, which nobody needs any more."""
     if processes()[0] == 0:
-        merge_lora(model)
+        merge_lora(model.cpu())     # there is room for the merged weights in float32
         save_checkpoint(model, config.out)
         runs.drop_state(config.out)
 
@@ -285,7 +285,8 @@ def pretrain(config, load=load_world):
 def offline_responses(teacher, clean, config):
     """The teacher's responses to all clean prompts, and the mask: (rows, max_new_tokens) each."""
     response = torch.zeros(len(clean), config.max_new_tokens, dtype=torch.long)
-    mask, batch = torch.zeros_like(response, dtype=torch.bool), config.micro_batch or 512
+    mask = torch.zeros_like(response, dtype=torch.bool)
+    batch = config.micro_batch or (config.batch * config.samples if is_large(teacher) else 512)
     noise = torch.rand(response.shape, generator=generator(config.seed, "offline"))
     for at in range(0, len(clean), batch):
         rows = slice(at, at + batch)
@@ -316,12 +317,12 @@ def consistency(config, stage):
     records = controlled(records, config)
     clean, wrapped = (chat_all(tokenizer, student, records, form, config, config.samples)
                       for form in ("clean", "wrapped"))
+    given = given_responses(tokenizer, student, records, config)
     if not runs.open_run(config.out, settings, tokenizer):
         return
     say(runs.first_screen(stage, config, records, student, teacher))
     if stage == "sft":
-        response, mask = (given_responses(tokenizer, student, records, config)
-                          or offline_responses(teacher, clean, config))
+        response, mask = given or offline_responses(teacher, clean, config)
     take_step = {"sft": sft_step, "opct": opct_step}[stage]
 
     def step_of(step):

@@ -209,16 +209,28 @@ def llama3_frequency(frequency, scaling):
 def write_checkpoint(folder, config, weights, origin):
     """Writes the config first and the weights last: where they are, the checkpoint is whole.
 
-    With the origin of a checkpoint that was read, its config and dtypes are kept. Only the fields
-    in which several files or tensors have their say are written as they were settled.
+    With the origin of a checkpoint that was read, its config is kept, and the dtype of each weight
+    that it can hold without rounding: after training it cannot, since bfloat16 would take back
+    most of a small update. Fields in which several files or tensors have their say are written as
+    they were settled.
     """
-    folder, dtypes = Path(folder), {}
+    folder = Path(folder)
     if any(".lora_" in name for name in weights):
         raise ValueError("call merge_lora before a checkpoint is saved")
     if origin is not None:
         settled = {name: config[name] for name in ("eos_token_id", "tie_word_embeddings")}
-        config, dtypes = {**origin["config"], **settled}, origin["dtypes"]
-    weights = {name: t.to(dtypes.get(name, t.dtype)).contiguous() for name, t in weights.items()}
+        config, before = {**origin["config"], **settled}, origin["dtypes"]
+        weights = {name: exactly(t, before.get(name, t.dtype)) for name, t in weights.items()}
+        if any(t.dtype != before.get(name, t.dtype) for name, t in weights.items()):
+            names = {"dtype", "torch_dtype"} & config.keys() or {"dtype"}   # the new and the old
+            config |= dict.fromkeys(names, "float32")
+    weights = {name: t.contiguous() for name, t in weights.items()}
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
     write_atomically(folder / "model.safetensors",
                      lambda path: save_file(weights, path, metadata={"format": "pt"}))
+
+
+def exactly(weight, dtype):
+    """The weight in this dtype, if that holds it to the bit, else as it is."""
+    rounded = weight.to(dtype)
+    return rounded if torch.equal(rounded.to(weight.dtype), weight) else weight

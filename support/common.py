@@ -36,11 +36,12 @@ def guarded(main):
         text = f"cannot use {error.filename} ({error.strerror}): choose another"
         stop(text if error.filename else error)
     except (MemoryError, RuntimeError) as error:
-        words = str(error).lower()
-        if not isinstance(error, MemoryError) and "memory" not in words:
+        words = ("out of memory", "allocate memory")        # not "illegal memory access"
+        if not isinstance(error, MemoryError) and not any(w in str(error).lower() for w in words):
             raise
-        stop("out of memory: take fewer pairs, responses, rows or tokens at a time, or a smaller "
-             "model (--batch, --samples, --rows, --max-new-tokens, --layers, --width)")
+        stop("out of memory: give --micro-batch (a run goes on with it), or --lora with --dtype "
+             "bfloat16, or fewer --rows, --batch, --samples or --max-new-tokens, or take a smaller "
+             "model")
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -207,7 +208,7 @@ def pick_device(name=None):
 
 def about(device):
     """What a results.json says of its own origin."""
-    git = ["git", "rev-parse", "--short", "HEAD"]
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
     except OSError:

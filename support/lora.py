@@ -62,7 +62,7 @@ def without_lora(model):
 
 @torch.no_grad()
 def merge_lora(model):
-    """Adds the adapter to the weights, rounded to their dtype, and removes it."""
+    """Adds the adapter to the weights, which are in its dtype then, and removes it."""
     for layer in adapted(model):
-        layer.weight.copy_(layer.weight + LORA_SCALE * layer.lora_B @ layer.lora_A)
+        layer.weight = nn.Parameter(layer.weight + LORA_SCALE * layer.lora_B @ layer.lora_A)
         del layer.lora_A, layer.lora_B, layer.lora_on

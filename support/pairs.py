@@ -21,7 +21,8 @@ def check_pair(record):
     for form in ("clean", "wrapped"):
         if not record[form]:
             raise ValueError(f'"{form}" is empty')
-        messages_of(record[form])
+        if messages_of(record[form])[-1]["role"] == "assistant":
+            raise ValueError(f'"{form}" ends with an answer: that belongs into "response"')
     if not isinstance(record.get("response", ""), str):
         raise ValueError('"response" is no string')
     for name in ("expect", "avoid"):
@@ -61,8 +62,17 @@ def shown(record):
 
 
 def contains(text, wanted):
-    """Whether one of the strings stands in the text, as whole words, in upper or lower case."""
-    return any(re.search(rf"(?<!\w){re.escape(w)}(?!\w)", text, re.IGNORECASE) for w in wanted)
+    """Whether one of the strings stands in the text, in upper or lower case, and not as a part of
+    a longer word or number. A script without upper case, such as Chinese, has no such borders."""
+    def inside(a, b):
+        return all(c.isdigit() or c.lower() != c.upper() for c in (a, b))
+
+    for w in wanted:
+        for match in re.finditer(re.escape(w), text, re.IGNORECASE):
+            before, after = text[:match.start()][-1:] or " ", text[match.end():][:1] or " "
+            if not inside(before, match[0][0]) and not inside(match[0][-1], after):
+                return True
+    return False
 
 
 def shares(records, answers):
@@ -70,7 +80,7 @@ def shares(records, answers):
     greedy", "wrapped sampled", "clean greedy", "clean sampled" -> one text a record."""
     out = {}
     for field in ("expect", "avoid"):
-        some = [i for i, r in enumerate(records) if field in r]
+        some = [i for i, r in enumerate(records) if r.get(field)]   # an empty list asks nothing
         clusters = [repr(records[i]["clean"]) for i in some]
         for form in ("wrapped", "clean"):
             for how, suffix in (("greedy", ""), ("sampled", "_sampled")):
@@ -146,10 +156,11 @@ def pairs_of_update(step, n, config):
 
 def given_responses(tokenizer, model, records, config):
     """The records' own responses, `samples` times each, as `generate` returns responses: token ids
-    (rows, max_new_tokens) and the mask. None where records have no response."""
+    (rows, max_new_tokens) and the mask. None where records have no response. Raises UserError:
+    one is too long, or no response of this model would end."""
+    end = end_of_turn(tokenizer, model, config.base)
     if "response" not in records[0]:
         return None
-    end = end_of_turn(tokenizer, model)
     given = [[*tokenizer.encode_ordinary(record["response"]), end] for record in records]
     rows, limit = len(records) * config.samples, config.max_new_tokens
     if max(map(len, given)) > limit:

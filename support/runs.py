@@ -21,7 +21,7 @@ from support.tokenizer import save_tokenizer
 def run_settings(config, stage, **more):
     """What a run is: everything in run.json that the same command must repeat. Files are in it by
     their hashes, so another spelling of a path is the same run."""
-    names = ("out", "device", "save_every", "base", "pairs", "world", "target")
+    names = ("out", "device", "save_every", "micro_batch", "base", "pairs", "world", "target")
     settings = {k: v for k, v in asdict(config).items() if k not in names}
     if "pairs" in more:
         more["pairs"] = hashlib.sha256(repr(more["pairs"]).encode()).hexdigest()[:16]

@@ -38,7 +38,8 @@ class ConsistencyConfig:
                       choices=["float32", "bfloat16"])
     steps: int = flag(60, "updates")
     batch: int = flag(32, "pairs in an update")
-    samples: int = flag(4, "responses to a pair in an update")
+    samples: int = flag(4, "responses to a pair in an update; in sft, how many are sampled for it "
+                        "before training")
     micro_batch: int = flag(None, "responses computed at a time: the same update, less memory")
     max_new_tokens: int = flag(64, "a longer response is cut")
     lr: float = flag(None, "highest learning rate; 3e-4 for a small model, 2e-5 from 20 million "
@@ -49,9 +50,12 @@ class ConsistencyConfig:
     device: str = flag(None, "cpu or cuda; the best there is")
 
 
+def is_large(model):
+    return sum(p.numel() for p in model.parameters()) >= 20e6
+
+
 def with_defaults(config, model):
     """The config with the learning rate that goes with the size of the model filled in."""
     if config.lr is not None:
         return config
-    large = sum(p.numel() for p in model.parameters()) >= 20e6
-    return replace(config, lr=(2e-5 if large else 3e-4) * (10 if config.lora else 1))
+    return replace(config, lr=(2e-5 if is_large(model) else 3e-4) * (10 if config.lora else 1))

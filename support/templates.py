@@ -35,7 +35,8 @@ def disarmed(tokenizer, message, stand_in):
 
 
 def render(tokenizer, messages):
-    """The text of a chat up to where the response begins, as transformers renders it."""
+    """The text of a chat up to where the response begins, as transformers renders it with
+    enable_thinking=False: Qwen3 then answers without thinking first."""
     if tokenizer.template is None:
         if not {START, END} <= set(tokenizer.added):
             raise UserError("this checkpoint has neither a chat template nor the tokens of ChatML "
@@ -72,8 +73,8 @@ def compiled(template):
     def raise_exception(message):
         raise jinja2.TemplateError(message)
 
-    def strftime_now(form):
-        return datetime.now().strftime(form)
+    def strftime_now(form):         # the same prompts on every day; Llama 3.2's own default
+        return datetime(2024, 7, 26).strftime(form)
 
     def tojson(value, ensure_ascii=False, **settings):
         return json.dumps(value, ensure_ascii=ensure_ascii, **settings)

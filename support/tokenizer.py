@@ -127,9 +127,13 @@ def check_vocabulary(tokenizer, model, folder):
                         f"{model.config.vocab_size}: the two do not belong together")
 
 
-def end_of_turn(tokenizer, model):
+def end_of_turn(tokenizer, model, folder):
     """The id of the end token that the model's format puts behind a response: of several, a
-    template uses one."""
+    template uses one. Raises UserError where it puts none, so that no response would end."""
     turns = [{"role": role, "content": "a"} for role in ("user", "assistant", "user")]
-    used = [i for i in chat(tokenizer, turns) if i in model.config.ends]
-    return used[-1] if used else model.config.ends[0]
+    used = [i for i in chat(tokenizer, turns)[1:] if i in model.config.ends]    # [0]: the begin
+    if not used:
+        raise UserError(f"{folder}: its chat template ends a response with none of the tokens that "
+                        f"eos_token_id names ({model.config.ends}), so responses would not end: "
+                        "name the right one in config.json, or take the model made for chats")
+    return used[-1]

@@ -185,6 +185,23 @@ def test_what_is_loaded_and_saved_is_the_same_tensor_for_tensor(dtype, tmp_path)
         json.loads((folder / "config.json").read_text()), indent=2) + "\n"
 
 
+@pytest.mark.parametrize("field", ["dtype", "torch_dtype"])
+def test_a_small_update_of_a_bfloat16_checkpoint_is_not_rounded_away(field, tmp_path):
+    """What did not change keeps its dtype; the config names that of what did."""
+    folder = stored(tmp_path / "a", **{field: "bfloat16"})
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: t.bfloat16() for name, t in weights.items()}, folder / "model.safetensors")
+    model = load_checkpoint(folder)
+    changed = "model.layers.1.mlp.up_proj.weight"
+    with torch.no_grad():
+        model.state_dict()[changed].mul_(1 + 2**-12)
+    save_checkpoint(model, tmp_path / "b")
+    saved = load_file(tmp_path / "b/model.safetensors")
+    assert torch.equal(saved[changed], model.state_dict()[changed])
+    assert {name for name, t in saved.items() if t.dtype != torch.bfloat16} == {changed}
+    assert json.loads((tmp_path / "b/config.json").read_text())[field] == "float32"
+
+
 def test_an_embedding_that_is_stored_as_the_output_layer_alone_is_found(tmp_path):
     """safetensors' own `save_model` keeps the first name of a tensor that has two."""
     model = tiny_gpt(vocab=11, dtype=torch.float32)

@@ -348,6 +348,8 @@ def test_pairs_survive_the_trip_to_disk(world, tmp_path):
     ("not json", "Expecting value"), ("[]", "it wants"), ('{"clean": "a"}', "it wants"),
     ('{"clean": "a", "wrapped": 3}', "a prompt is a string"),
     ('{"clean": "", "wrapped": "b"}', '"clean" is empty'),
+    ('{"clean": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], '
+     '"wrapped": "b"}', '"clean" ends with an answer'),
     ('{"clean": "a", "wrapped": "b", "response": 1}', '"response" is no string'),
     ('{"clean": "a", "wrapped": "b", "avoid": "c"}', '"avoid" is no list')])
 def test_a_line_that_is_no_pair_is_named_by_its_number(line, reason, tmp_path):

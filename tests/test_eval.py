@@ -172,12 +172,20 @@ def test_contains_looks_for_whole_words_in_any_case():
     assert contains("It is PARIS.", ["Rome", "paris"]) and contains("so 7+5 = 12", ["7+5"])
     assert not contains("comparison", ["paris"]) and not contains("112", ["12"])
     assert not contains("", ["a"]) and contains("Côte d'Ivoire!", ["côte d'ivoire"])
+    assert contains("disagree, then agree", ["agree"]) and not contains("disagreed", ["agree"])
+    assert not contains("a7", ["7"]) and not contains("Лимасол", ["лима"])
+
+
+def test_scripts_that_put_no_spaces_between_words_have_no_whole_words():
+    assert contains("秘鲁的首都是利马。", ["利马"])
+    assert contains("ペルーの首都はリマです。", ["リマ"])
+    assert contains("答えはLimaです", ["lima"]) and not contains("答えはLimasolです", ["lima"])
 
 
 def test_shares_by_hand():
     records = [{"clean": "a", "wrapped": "b", "expect": ["Paris"], "avoid": ["Lyon"]},
                {"clean": "c", "wrapped": "d", "expect": ["Rome", "Roma"]},
-               {"clean": "e", "wrapped": "f"}]
+               {"clean": "e", "wrapped": "f", "expect": [], "avoid": []}]
     answers = {"wrapped greedy": ["Lyon", "roma", "Paris"], "clean greedy": ["Paris", "?", ""],
                "wrapped sampled": ["Paris, not Lyon", "-", ""], "clean sampled": ["", "", ""]}
     found = {name: figure["value"] for name, figure in shares(records, answers).items()}

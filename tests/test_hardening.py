@@ -1,11 +1,13 @@
 """Whole kinds of trouble: what the user can fix is one line and exit code 2, nothing is lost."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from eval import MAX_NEW_TOKENS
 from model import generate, load_checkpoint, save_checkpoint
 from opct import PretrainConfig, train
 from support.checkpoints import COUNTS
-from support.common import UserError, guarded, pick_device, rng
+from support.common import UserError, about, guarded, pick_device, rng
 from support.pairs import read_jsonl
 from support.runs import load_state, read_log, save_state
 from support.tokenizer import check_vocabulary, decode, load_tokenizer
@@ -287,6 +289,33 @@ def test_what_is_refused_leaves_no_folder_in_the_way(home, tmp_path):
     assert run_here(*opct(home, tmp_path / "run")).returncode == 0
 
 
+def test_a_response_that_is_too_long_can_be_given_more_room_in_the_same_folder(home, tmp_path):
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(json.dumps({"clean": "a", "wrapped": "b", "response": "so " * 60}) + "\n")
+    args = ["opct.py", "sft", *RUN, "--base", home / "base", "--pairs", pairs, "--loss", "sampled",
+            "--out", tmp_path / "run"]
+    refused(run_here(*args), "raise --max-new-tokens from 16 to that")
+    assert run_here(*args, "--max-new-tokens", 200).returncode == 0
+
+
+def test_a_base_whose_format_ends_no_response_is_refused(home, tmp_path):
+    """Such as Qwen2.5's base models: their template closes with <|im_end|>, which ends nothing."""
+    base = tmp_path / "base"
+    shutil.copytree(home / "base", base)
+    config = json.loads((base / "config.json").read_text())
+    for ends in (None, load_tokenizer(base).eot_token):
+        (base / "config.json").write_text(json.dumps({**config, "eos_token_id": ends}))
+        refused(run_here(*opct(home, tmp_path / "run", base=base)), "eos_token_id")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_lacks_memory_may_go_on_in_parts(home, tmp_path):
+    args = opct(home, tmp_path / "run")
+    with mock.patch("opct.train", side_effect=MemoryError):
+        refused(run_here(*args), "out of memory: give --micro-batch")
+    assert run_here(*args, "--micro-batch", 1).returncode == 0
+
+
 def test_weights_that_are_no_numbers_are_never_saved(tmp_path):
     """The loss of the last step is finite, and its update is not."""
     model = tiny_gpt(dtype=torch.float32)
@@ -345,7 +374,8 @@ def test_devices_other_than_cpu_and_cuda_are_refused(name):
 
 @pytest.mark.parametrize("error", [
     MemoryError(), torch.OutOfMemoryError("CUDA out of memory."),
-    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 4 TB")])
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 4 TB"),
+    RuntimeError("unable to mmap 64 bytes from file: Cannot allocate memory (12)")])
 def test_too_little_memory_is_one_line_that_says_what_to_lower(error, capsys):
     def main():
         raise error
@@ -353,15 +383,24 @@ def test_too_little_memory_is_one_line_that_says_what_to_lower(error, capsys):
     with pytest.raises(SystemExit) as stopped:
         guarded(main)
     text = capsys.readouterr().err
-    assert stopped.value.code == 2 and text.count("\n") == 1 and "--batch" in text
+    assert stopped.value.code == 2 and text.count("\n") == 1 and "--micro-batch" in text
 
 
-def test_errors_of_our_own_keep_their_traceback():
+@pytest.mark.parametrize("text", ["shapes do not match", "CUDA error: an illegal memory access",
+                                  "some elements refer to a single memory location"])
+def test_errors_of_our_own_keep_their_traceback(text):
     def main():
-        raise RuntimeError("shapes do not match")
+        raise RuntimeError(text)
 
-    with pytest.raises(RuntimeError, match="shapes"):
+    with pytest.raises(RuntimeError, match=text):
         guarded(main)
+
+
+def test_the_commit_of_results_is_that_of_the_code_wherever_it_is_started(tmp_path, monkeypatch):
+    here = about(torch.device("cpu"))["commit"]
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    monkeypatch.chdir(tmp_path)
+    assert about(torch.device("cpu"))["commit"] == here
 
 
 def test_shell_scripts_keep_their_line_endings():

@@ -24,6 +24,10 @@ def with_lora(model, trained=False):
     return model
 
 
+def linear_layers(model):
+    return [module for module in model.modules() if isinstance(module, Linear)]
+
+
 def seeded(seed):
     return torch.Generator().manual_seed(seed)
 
@@ -89,8 +93,7 @@ def test_the_gradients_of_the_adapter_follow_from_those_of_the_weights(family):
     whole.requires_grad_(True)
     for m in (model, whole):
         m(IDX).log_softmax(-1)[..., 3].sum().backward()
-    layers = [module for module in whole.modules() if isinstance(module, Linear)]
-    for layer, merged in zip(adapted(model), layers, strict=True):
+    for layer, merged in zip(adapted(model), linear_layers(whole), strict=True):
         A, B, G = layer.lora_A, layer.lora_B, merged.weight.grad
         assert G.abs().max() > 1e-3
         assert torch.allclose(A.grad, LORA_SCALE * B.T @ G, rtol=1e-9, atol=1e-12)
@@ -128,7 +131,11 @@ def test_over_a_bfloat16_base_the_adapter_is_float32_and_a_small_step_is_not_los
     expected = with_lora(tiny_gpt(dtype=torch.bfloat16), trained=True)
     merged = copy.deepcopy(expected)
     merge_lora(merged)
-    assert (merged(IDX) - expected(IDX)).abs().mean() < 0.02 * expected(IDX).abs().mean()
+    for layer, plain in zip(adapted(expected), linear_layers(merged), strict=True):
+        exact = layer.weight.float() + LORA_SCALE * layer.lora_B @ layer.lora_A
+        assert torch.equal(plain.weight, exact) and plain.weight.dtype == torch.float32
+    error = (merged.float()(IDX) - expected(IDX)).abs().mean()
+    assert error < 0.02 * expected(IDX).abs().mean()
 
 
 def test_memory_holds_one_copy_of_the_weights():

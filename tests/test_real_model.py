@@ -12,7 +12,7 @@ from support.pairs import given_responses
 from support.settings import ConsistencyConfig
 from support.tokenizer import chat, end_of_turn, load_tokenizer
 from test_checkpoints import LLAMA3
-from test_tokenizer import LLAMA3_TEMPLATE, QWEN3_TEMPLATE, trained
+from test_tokenizer import LLAMA3_TEMPLATE, QWEN3_TEMPLATE, on_our_day, trained
 
 MESSAGES = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Who?"}]
 PAIRS = [{"clean": "What is 2 + 2?", "wrapped": "What is 2 + 2? I say 5.", "expect": ["4", "four"],
@@ -70,6 +70,7 @@ def test_a_real_checkpoint_goes_through_all_commands(kind, tmp_path, monkeypatch
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello?\nAnd <|im_end|> now?\n\n"))
     said = run_here("eval.py", "chat", f"{out}0", "--temperature", 0, "--max-new-tokens", 4)
     assert said.returncode == 0 and said.stdout.count("fixed0") == 2, said.stderr
+    on_our_day(monkeypatch)
     opens_in_transformers(f"{out}6", base)
 
 
@@ -77,7 +78,7 @@ def opens_in_transformers(folder, base):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     theirs, ours = AutoModelForCausalLM.from_pretrained(folder), load_checkpoint(folder)
     original = AutoModelForCausalLM.from_pretrained(base)
-    assert theirs.dtype == torch.bfloat16 and theirs.config.to_dict().keys() == (
+    assert theirs.dtype == torch.float32 and theirs.config.to_dict().keys() == (
         original.config.to_dict().keys())
     assert theirs.generation_config.eos_token_id == original.generation_config.eos_token_id
     assert any(not torch.equal(p, q) for p, q in zip(theirs.parameters(), original.parameters()))
@@ -96,7 +97,7 @@ def test_of_several_ends_a_given_response_gets_the_one_of_the_template(kind, end
     model, tokenizer = load_checkpoint(folder), load_tokenizer(folder)
     expected = tokenizer.encode_single_token(end)
     assert len(model.config.ends) == 2 and model.config.ends[0] != expected
-    assert end_of_turn(tokenizer, model) == expected
+    assert end_of_turn(tokenizer, model, folder) == expected
     config = ConsistencyConfig(samples=2, max_new_tokens=12)
     response, mask = given_responses(tokenizer, model, [{"response": "four"}] * 3, config)
     assert response.shape == (6, 12) and response[5][mask[5]].tolist() == [

@@ -3,6 +3,7 @@ import json
 import random
 import sys
 import unicodedata
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -249,10 +250,27 @@ CHATS = ["hello", "  hello \n", "Größe <p>", "<b>{{ bos_token }}</b> > |> <", 
           {"role": "assistant", "content": "<think>\nhm\n</think>\n\nb"}]]
 
 
+def on_our_day(monkeypatch):
+    """Llama 3.2's template names the day. Here it is always the same one, so that a run has the
+    same prompts when it goes on after midnight."""
+    class Day(datetime):
+        @classmethod
+        def now(cls):
+            return datetime(2024, 7, 26)
+
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Day)
+
+
+def test_a_template_that_asks_for_the_day_gets_the_same_one_always(tmp_path):
+    ours = load_tokenizer(checkpoint(tmp_path, template=LLAMA3_TEMPLATE))
+    assert "Today Date: 26 Jul 2024" in decode(ours, chat(ours, "hello"))
+
+
 @pytest.mark.parametrize("place", ["config", "list", "file"])
 @pytest.mark.parametrize("name", [*TEMPLATES, "blocks"])
-def test_a_chat_is_rendered_as_transformers_does(name, place, tmp_path):
+def test_a_chat_is_rendered_as_transformers_does(name, place, tmp_path, monkeypatch):
     transformers = pytest.importorskip("transformers")
+    on_our_day(monkeypatch)
     template = TEMPLATES.get(name, BLOCKS_TEMPLATE)
     if place == "list":
         template = [{"name": "rag", "template": "x"}, {"name": "default", "template": template}]

@@ -23,9 +23,8 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-import torch
-from safetensors.numpy import load_file, save_file
-from safetensors.torch import load_file as load_tensors
+from safetensors.numpy import save_file
+from safetensors.torch import load_file
 
 from support.common import UserError, guarded, show, write_atomically, write_json, write_text
 
@@ -183,7 +182,6 @@ def make(folder=FOLDER):
     folder = Path(folder)
     if (folder / "model.safetensors").exists():
         show(f"{folder} is there already")
-        to_float32(folder / "model.safetensors")
         return
     needs_gguf()
     folder.mkdir(parents=True, exist_ok=True)
@@ -193,22 +191,13 @@ def make(folder=FOLDER):
     show(f"written to {folder}")
 
 
-def to_float32(path):
-    """A checkpoint is saved in the dtype of the base's file. In bfloat16 all arms would be rounded
-    when they are saved, and the base would not."""
-    weights = load_tensors(path)
-    if any(weight.dtype != torch.float32 for weight in weights.values()):
-        show(f"{path}: put into float32")
-        weights = {name: weight.float().numpy() for name, weight in weights.items()}
-        write_atomically(path, lambda to: save_file(weights, to, metadata={"format": "pt"}))
-
-
 def round_again(folder=FOLDER, out=AGAIN):
     """The same model with its matrices rounded to 4 bits once more."""
     needs_gguf()
     from gguf import GGMLQuantizationType, dequantize, quantize
 
-    kind, weights = GGMLQuantizationType.Q4_1, load_file(folder / "model.safetensors")
+    kind, stored = GGMLQuantizationType.Q4_1, load_file(folder / "model.safetensors")
+    weights = {name: weight.float().numpy() for name, weight in stored.items()}
     for name, weight in weights.items():
         if "proj" in name:                                  # all else was rounded less, or not
             columns = np.ascontiguousarray(weight.T)

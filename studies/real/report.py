@@ -1,7 +1,6 @@
 """Tables, figure and README.md of the study, all from its results.json."""
 import json
 import math
-import re
 import textwrap
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import numpy as np
 from studies import plots
 from studies.real import questions
 from studies.real.measure import fingerprint, groups
-from studies.real.run import CONTROLS
+from studies.real.run import CONTROLS, PRESETS
 from studies.stats import mean_over_seeds
 from studies.study import ARMS, committed, fill, filled, write_tables
 from support.common import UserError, show, write_text
@@ -268,9 +267,12 @@ def costs_table(study):
     """Seconds an update and the highest memory of a whole process."""
     lines = [["flags", "seconds an update", "memory, GB", "threads", "machine"]]
     for cost in study["costs"]:
-        extra = re.search(r"--save-every \d+ ?(.*)", cost["flags"])[1] or "all weights"
-        lines.append([extra, f"{cost['seconds']:.1f}", f"{cost['bytes'] / 1e9:.1f}",
-                      str(cost["threads"]), cost["about"]["machine"]])
+        flags = cost["flags"]
+        for preset in PRESETS.values():
+            flags = flags.removeprefix(preset.updates).strip()
+        lines.append([flags or "all weights", f"{cost['seconds']:.1f}",
+                      f"{cost['bytes'] / 1e9:.1f}", str(cost["threads"]),
+                      cost["about"]["machine"]])
     return markdown(lines) if len(lines) > 1 else "Not measured in this run."
 
 
