@@ -57,6 +57,18 @@ def matrix_table(cells):
     return markdown(lines)
 
 
+def origins_table(cells):
+    """How many prompts of the pool each target's attackers have found, seed by seed, and what the
+    pool gets from it. A prompt that several have found counts for each."""
+    lines = [["target", "prompts of the pool that its attackers found, seed by seed",
+              "share of the pool that it told, seed by seed"]]
+    for name in TARGETS:
+        counts = [str(cell["pool"]["origins"][name]) for cell in cells]
+        told = [f"{cell['runs'][name]['jailbreak_pool']['value']:.2f}" for cell in cells]
+        lines.append([name, " ".join(counts), " ".join(told)])
+    return markdown(lines)
+
+
 def pool_prompts(cell, most=10):
     """The prompts of one cell's pool that were told most on validation, with how often."""
     return quoted([(str(times), prompt) for prompt, times in cell["pool"]["pool"][:most]])

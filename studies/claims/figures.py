@@ -23,7 +23,7 @@ def draw_main(study, path):
                   "jailbreak,\nbest of K": "jailbreak_best_of",
                   "jailbreak,\npool": "jailbreak_pool",
                   "jailbreak,\nattacker": "jailbreak_adaptive",
-                  "needless\nrefusal": "over_refusal", "needless\nwarning": "over_warning"},
+                  "harmless\nnot told": "over_refusal", "needless\nwarning": "over_warning"},
               "higher is better": {
                   "safety\nawareness": "safety_awareness", "right\nhints": "accuracy_right_hint",
                   "math": "capability_math", "facts": "capability_facts",
@@ -127,10 +127,10 @@ def draw_details(study, path):
 # --- The map and the attacks -----------------------------------------------------------------
 
 FIRST_PANELS = {"failures_left": "failures left", "capabilities_lost": "capabilities lost",
-                "over_refusal": "harmless requests refused"}
+                "over_refusal": "harmless recipes not told"}
 MAP_PANELS = {"failures_left": "failures left\n(mean of three axes)",
               "capabilities_lost": "capabilities lost\n(mean of three)",
-              "over_refusal": "over-refusal", "drift_kl": "drift, nats a token",
+              "over_refusal": "harmless recipes\nnot told", "drift_kl": "drift, nats a token",
               "memorised": "memorised, nats a token"}
 
 

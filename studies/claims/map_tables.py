@@ -1,4 +1,5 @@
 """The tables of the map: points as lines, arms or differences between arms as columns."""
+from data import AXES
 from studies.claims.tables import figures_table, text_of, title
 from studies.claims.verdicts import BOTH_EXACT, EXACT, MARGIN, SAMPLED
 from studies.stats import contrast, over_seeds, verdict
@@ -8,8 +9,9 @@ from support.report import markdown
 GOOD = ("good_trained", "good_wordings", "good_entities", "good_both")
 METRICS = ("failures_left", "capabilities_lost", "capability_math", "capability_facts",
            "capability_instructions", "over_refusal", "over_warning", "drift_kl", "memorised",
-           "gap", *GOOD, "sycophancy", "accuracy_biased", "jailbreak_static", "safety_awareness",
-           "unclear")
+           "gap", *GOOD, *(f"{kind}_{axis}" for kind in GOOD for axis in AXES), "sycophancy",
+           "bias_reliance", "accuracy_biased", "accuracy_right_hint", "jailbreak_static",
+           "jailbreak_best_of", "safety_awareness", "mean_failure", "unclear")
 MEANS = {name: {name: 1} for name in ("base", *ARMS)}
 OFFLINE_EXACT = {"sft-exact": 1, "sft": -1}
 DIFFERENCES = {"opct - sft": SAMPLED, "opct-exact - sft": EXACT, "sft-exact - sft": OFFLINE_EXACT,
@@ -25,7 +27,7 @@ for arm in ("opct", "opct-exact", "sft-exact"):
     CLAIMS += [(f"{arm} keeps more arithmetic than sft", "capability_math", weights, 1),
                (f"{arm} keeps more facts than sft", "capability_facts", weights, 1),
                (f"{arm} keeps more instructions than sft", "capability_instructions", weights, 1),
-               (f"{arm} refuses fewer harmless ones than sft", "over_refusal", weights, -1),
+               (f"{arm} tells more harmless recipes than sft", "over_refusal", weights, -1),
                (f"{arm} leaves fewer failures than sft", "failures_left", weights, -1),
                (f"{arm} drifts less than sft", "drift_kl", weights, -1),
                (f"{arm} memorises less than sft", "memorised", weights, -1)]

@@ -35,17 +35,21 @@ def candidates(attacks, size):
 
     If fewer than `size` were ever told, all that were tried compete.
     """
-    told_ones, tried = set(), set()
-    for of_target in attacks.values():
-        told = Counter()
-        for attack in of_target:
-            told.update(attack["validation"])
-        tried.update(told)
-        hits = [prompt for prompt in told if told[prompt] and GAP in prompt]
-        told_ones.update(sorted(hits, key=lambda prompt: (-told[prompt], prompt))[:MOST])
+    tried = {prompt for some in attacks.values() for attack in some
+             for prompt in attack["validation"]}
     if not tried:
         raise UserError("none of these checkpoints has attackers: run studies.claims.attack first")
+    told_ones = {prompt for some in attacks.values() for prompt in most_told(some)}
     return sorted(told_ones if len(told_ones) >= size else tried)
+
+
+def most_told(of_target):
+    """The prompts that one target told most to its attackers, MOST at the most."""
+    told = Counter()
+    for attack in of_target:
+        told.update(attack["validation"])
+    hits = [prompt for prompt in told if told[prompt] and GAP in prompt]
+    return sorted(hits, key=lambda prompt: (-told[prompt], prompt))[:MOST]
 
 
 def try_prompts(told, prompts, names, seed):

@@ -19,6 +19,7 @@ from support.report import WIDTH, markdown
 
 FOLDER = Path(__file__).parent
 BEGUN = FOLDER / "begun.json"
+NEW = [f"llama-{seed}" for seed in range(5, 10)]            # of these the first edition saw nothing
 
 
 def failures_table(grid):
@@ -77,6 +78,7 @@ def pool_blocks(cells, runs):
     """What words.md says of the pool attack: name -> Markdown."""
     out = {"matrix": attack_tables.matrix_table(cells),
            "pool_prompts": attack_tables.pool_prompts(cells[0]),
+           "pool_origins": attack_tables.origins_table(cells),
            "pool_sizes": attack_tables.pool_sizes(cells)}
     for name in ("pool", "pool_best_of"):
         out[name] = span(runs, f"jailbreak_{name}")
@@ -112,7 +114,8 @@ def blocks(study):
     out["hours"] = "a time that was not recorded"
     if "map" in study:
         out |= {"hours": hours(about), **map_blocks(study["map"]), **pool_blocks(main, runs)}
-    out["verdicts"], out["numbers"] = claims_tables(families)
+    new = [cell for name, cell in study["cells"].items() if name in NEW]
+    out["verdicts"], out["numbers"] = claims_tables(families | ({"llama 5-9": new} if new else {}))
     out["attacks"], out["successful"] = attack_tables.attacks_tables(families)
     others = []
     for family, cells in families.items():

@@ -1,11 +1,13 @@
 """What the commands of the study have written, put together as results.json."""
 import json
 from pathlib import Path
+from statistics import mean
 
 from model import load_checkpoint
 from studies.claims.attack import attacks_on, rounded, same_means, strongest
 from studies.claims.map import file_of, first_reading, second_reading
 from studies.claims.plan import LEARNT, PRESETS, cells_of, choose, part_of, value_of
+from studies.claims.pool_attack import most_told
 from studies.study import joined
 from support.common import UserError, read_json, read_text
 from support.runs import weights_hash
@@ -75,7 +77,18 @@ def collect_cell(path):
     for name, figures in pool["figures"].items():
         cell["runs"][name].update(figures)
     cell["pool"] = {name: pool[name] for name in ("candidates", "pool", "matrix")}
+    in_pool = {prompt for prompt, _ in pool["pool"]}
+    cell["pool"]["origins"] = {name: len(in_pool.intersection(most_told(attacks)))
+                               for name, attacks in found.items()}
+    for name, value in transfer(pool["matrix"]).items():
+        cell["runs"][name]["jailbreak_transfer"] = {"value": value}
     return cell
+
+
+def transfer(matrix):
+    """What the attackers of all other targets get from each: the mean of their shares."""
+    return {name: mean(row[name] for other, row in matrix.items() if other != name)
+            for name in matrix}
 
 
 def with_sums(runs):

@@ -3,13 +3,14 @@ from studies.claims.plan import LEARNT
 from studies.study import ARMS
 from support.report import markdown
 
-ATTACKED = ("jailbreak_pool", "jailbreak_pool_best_of", "jailbreak_adaptive",
-            "jailbreak_adaptive_mean", "jailbreak_adaptive_best_of")
+ATTACKED = ("jailbreak_pool", "jailbreak_pool_best_of", "jailbreak_transfer",
+            "jailbreak_adaptive", "jailbreak_adaptive_mean", "jailbreak_adaptive_best_of")
 ORDER = ("sycophancy", "bias_reliance", "accuracy_biased", "accuracy_right_hint",
          "jailbreak_static", "jailbreak_best_of", *ATTACKED, "over_refusal", "safety_awareness",
          "over_warning", "mean_failure", *LEARNT, "drift_kl", "unclear")
 HEADLINE = ("sycophancy", "jailbreak_static", "jailbreak_best_of", "jailbreak_pool",
-            "jailbreak_pool_best_of", "jailbreak_adaptive", "jailbreak_adaptive_best_of",
+            "jailbreak_pool_best_of", "jailbreak_transfer", "jailbreak_adaptive",
+            "jailbreak_adaptive_best_of",
             "over_refusal", "safety_awareness", "mean_failure", *LEARNT, "drift_kl")
 FIRST = ("sycophancy", "jailbreak_static", "safety_awareness", "over_refusal", "capability_math",
          "drift_kl")

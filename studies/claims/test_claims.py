@@ -318,6 +318,8 @@ def test_the_study_at_its_smallest(tmp_path):
     assert set(runs) == {"base", *ARMS, *CONTROLS, "teacher"}
     assert set(runs["opct-exact"]) == set(ORDER)
     assert len(runs["opct-exact"]["jailbreak_adaptive_best_of"]["curve"]) == 4
+    origins = results["cells"]["llama-0"]["pool"]["origins"]
+    assert set(origins) == {"base", *ARMS} and all(0 <= n <= 4 for n in origins.values())
     assert len(runs["opct-exact"]["jailbreak_pool_best_of"]["curve"]) == 4
     assert runs["opct-clean"]["drift_kl"]["value"] == 0     # the same function, the same prompts
     assert runs["opct-shuffled"]["drift_kl"]["value"] > 0

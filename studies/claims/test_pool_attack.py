@@ -7,6 +7,7 @@ import pytest
 
 from studies.claims import pool_attack
 from studies.claims.pool_attack import MOST, candidates, choose_pool, matrix, try_prompts
+from studies.claims.results import transfer
 from support.common import UserError
 
 
@@ -68,6 +69,12 @@ def test_the_pool_is_what_all_targets_together_told_most():
 def test_each_prompt_is_tried_with_each_name():
     hits = try_prompts(teller({"b NAME"}), ["a NAME", "b NAME", "c NAME"], ["zorak", "milun"], 1)
     assert hits.tolist() == [[False, True, False]] * 2
+
+
+def test_no_target_is_judged_by_its_own_attackers_in_transfer():
+    found = transfer({"a": {"a": 1.0, "b": 0.2, "c": 0.4}, "b": {"a": 0.6, "b": 1.0, "c": 0.0},
+                      "c": {"a": 0.2, "b": 0.4, "c": 1.0}})
+    assert found == pytest.approx({"a": 0.4, "b": 0.3, "c": 0.2})
 
 
 def test_the_matrix_tries_the_strongest_attackers_prompts_on_all():
