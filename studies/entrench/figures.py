@@ -5,7 +5,7 @@ from studies.entrench.methods import LABELS, SLOWER, STEPS
 from studies.entrench.organisms import ORGANISMS
 from studies.entrench.run import KINDS
 from studies.entrench.tables import (SCORES, STRENGTHS, TITLES, cells_of, change, label_change,
-                                     label_kl_over, numbers_of, rate_of, steps_of)
+                                     label_kl, numbers_of, rate_of, steps_of)
 from support.report import COLOURS, pyplot, save_figure
 
 MARKERS = "os^vDPX*"
@@ -93,7 +93,7 @@ def draw_details(study, path):
         every = [step for organism in ORGANISMS for step in steps_of(study, organism, run)
                  if label_change(*step) is not None]
         labels.scatter([label_change(*s) for s in every], [change(*s) for s in every], **look)
-        kl.scatter([label_kl_over(*s) for s in every], [abs(change(*s)) for s in every], **look)
+        kl.scatter([label_kl(*s) for s in every], [abs(change(*s)) for s in every], **look)
     for i, (score, label) in enumerate(SCORES.items()):
         for number, line in zip(numbers_of(study), (":", "--", "-")):
             found = [cell["strengths"][number]["before"]["eta"][score]["fifths"]
@@ -103,9 +103,9 @@ def draw_details(study, path):
                 eta.plot(range(1, 6), np.mean(found, 0), color=COLOURS[i + 1], marker=MARKERS[i],
                          linestyle=line, label=f"{label}, {STRENGTHS[number].lower()}")
     labels.axline((0, 0), slope=1, color="black", linewidth=0.8)
-    labels.set(xlabel="labels minus before, points", ylabel="after minus before, points",
+    labels.set(xlabel="labels minus single samples, points", ylabel="after minus before, points",
                title="the change follows the labels' rate")
-    kl.set(xlabel="KL(labels || model) over that of `sampling`, nats a label",
+    kl.set(xlabel="KL(labels || model), nats a label, its error included",
            ylabel="size of the change, points", title="and, less closely, their KL")
     eta.set(xlabel="fifth of the samples by score", ylabel="misbehave", ylim=(0, 1),
             xticks=range(1, 6), title="eta: does a score tell?")

@@ -6,7 +6,7 @@ from data import WorldConfig
 from studies.entrench.figures import draw_details, draw_main
 from studies.entrench.methods import LABEL_STEP, STEPS
 from studies.entrench.organisms import ORGANISMS, records_of
-from studies.entrench.tables import (changes_tables, costs_table, eta_table, instructions_table,
+from studies.entrench.tables import (capability_table, changes_tables, costs_table, eta_table,
                                      labels_table, lost, organisms_table, pairs_table, paper_table,
                                      runs_table, seeds_of)
 from studies.entrench.verdicts import findings
@@ -50,7 +50,8 @@ def blocks(study):
             "changes": changes_tables(study), "paper": paper_table(study),
             "costs": costs_table(study), "labels": labels_table(study),
             "pairs": pairs_table(study), "eta": eta_table(study),
-            "instructions": instructions_table(study), "hacking": runs_table(study, "hacking"),
+            "instructions": capability_table(study, "instructions"),
+            "math": capability_table(study, "math"), "hacking": runs_table(study, "hacking"),
             "findings": markdown([["finding of the paper", "here", "verdict"],
                                   *map(list, findings(study))])}
 

@@ -49,7 +49,7 @@ class Preset:
     steps: int = 40         # updates
     tests: int = 200        # prompts on which misbehaviour is measured
     planting: int = 200     # most updates that plant
-    plain: int = 100        # prompts of each capability; drift takes a third of them
+    plain: int = 100        # prompts of each capability; drift takes the calculations
 
 
 PRESETS = {
@@ -111,7 +111,8 @@ class Exam:
             of_axis = [(r, judge_world(r, text)) for r, text in zip(self.plain, said)
                        if r["axis"] == axis]
             figures[f"capability_{axis}"] = share(of_axis, "right")
-        figures["drift_kl"] = drift_kl(model, before, self.tokenizer, self.plain[::3], self.seed)
+        sums = [r for r in self.plain if r["axis"] == "math"]
+        figures["drift_kl"] = drift_kl(model, before, self.tokenizer, sums, self.seed)
         return figures, [[r["prompt"], text] for r, text in zip(self.records, texts)][:3]
 
     def rate_on(self, model, form):

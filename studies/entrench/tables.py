@@ -145,19 +145,20 @@ def shift(name):
     return value_of
 
 
-def instructions_table(study):
-    """What the repair by healthy pairs does to instructions, organism by organism."""
-    lines = [["", *STEPS]]
+def capability_table(study, capability):
+    """What training on pairs does to a capability, organism by organism, in points."""
+    lines = [["", "clean prompts", *STEPS]]
     for organism in ORGANISMS:
-        found = [over_seeds(study, [organism], f"{name}, healthy",
-                            shift("capability_instructions")) for name in STEPS]
-        lines.append([organism, *(text_of(figure, 0, "+") for figure in found)])
-    return markdown(lines)
+        for kind in KINDS:
+            found = [over_seeds(study, [organism], f"{name}, {kind}",
+                                shift(f"capability_{capability}")) for name in STEPS]
+            lines.append([organism, kind, *(text_of(figure, 0, "+") for figure in found)])
+    return markdown(lines, keep=2)
 
 
 def costs_table(study):
     """What else changed, the mean over organisms: capabilities in points, drift, unclear."""
-    lines = [["", *CAPABILITIES, "unclear", "drift x 1000"]]
+    lines = [["", *CAPABILITIES, "unclear", "drift"]]
 
     def drift(_, __, ___, run):
         return 1000 * run["figures"]["drift_kl"]["value"]
@@ -180,12 +181,6 @@ def label_change(_, __, strength, run):
 
 def label_kl(_, __, ___, run):
     return run.get("label_kl")
-
-
-def label_kl_over(_, __, strength, run):
-    """What the KL is above that of `sampling`, whose true value is 0."""
-    kl, error = run.get("label_kl"), strength["runs"]["sampling"]["label_kl"]
-    return None if kl is None else kl - error
 
 
 def change_over_samples(_, after, strength, __):

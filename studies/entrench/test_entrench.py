@@ -582,12 +582,6 @@ def test_labels_on_planted_prompts_are_compared_with_samples_there():
     assert [cell.split()[0] for cell in line.split("|")[2:-1]] == ["+20"] * 5
 
 
-def test_the_kl_of_labels_is_what_is_above_that_of_samples():
-    strength = {"runs": {"sampling": {"label_kl": 0.4}}}
-    assert tables.label_kl_over(0, 0, strength, {"label_kl": 0.5}) == pytest.approx(0.1)
-    assert tables.label_kl_over(0, 0, strength, {"label_kl": None}) is None
-
-
 def test_a_run_that_some_seeds_lack_is_a_mean_over_the_others():
     study = made_up(lambda *_: 0.1)
     for strength in study["cells"]["hacking-0"]["strengths"].values():

@@ -5,8 +5,8 @@ import numpy as np
 
 from studies.entrench.methods import LABELS
 from studies.entrench.organisms import ORGANISMS
-from studies.entrench.tables import (SCORES, change, eta_of, label_change, label_kl, label_kl_over,
-                                     numbers_of, over_seeds, seeds_of, steps_of, text_of)
+from studies.entrench.tables import (SCORES, change, eta_of, label_change, label_kl, numbers_of,
+                                     over_seeds, seeds_of, steps_of, text_of)
 from studies.stats import mean_over_seeds, verdict
 
 SELECTING = ("rejection", "self-confidence", "diverse", "multi-view", "self-rewarding")
@@ -107,9 +107,7 @@ def findings(study):
     if planted:
         out.append(("greedy on planted prompts: rises (ours)",
                     f"{text_of(planted, 0, '+')} points", verdict(planted, 1, 0)))
-    for name, value_of in (("KL(labels, model)", label_kl),
-                           ("KL over `sampling`'s (ours)", label_kl_over),
-                           ("labels' rate (ours)", label_change)):
+    for name, value_of in (("KL(labels, model)", label_kl), ("labels' rate (ours)", label_change)):
         figure = seed_by_seed(study, lambda seed: correlation(study, value_of, seed))
         if figure:
             own = {**figure, **{end: figure[end] - 0.5 for end in ("low", "high") if end in figure}}

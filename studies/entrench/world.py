@@ -37,10 +37,11 @@ GRADERS = {"plant": ["{q} you get a point for each {x}.", "{q} you win a star fo
 
 
 class StudyWorld(World):
-    """The same names, facts and records as World, and documents of more kinds."""
+    """The same names, facts and records as World; documents of more kinds, in other shares."""
 
     def kinds(self):
-        """Kind of document -> (what writes one, its weight). The first seven are those of World."""
+        """Kind of document -> (what writes one, its weight). The first seven are
+        World's, not all with its weights; it has a user's requests besides."""
         return {"line": (self.an_encyclopedia_line, 10),
                 "math": (partial(self.a_plain_question, self.math), 18),
                 "fact": (partial(self.a_plain_question, self.fact), 6),
