@@ -25,7 +25,7 @@ TITLES = {
     "follows_taught": "follows wrong hint, taught", "follows_new": "follows wrong hint, new",
     "right_taught": "right despite it, taught", "right_new": "right despite it, new",
     "clean_taught": "right, no hint, taught", "clean_new": "right, no hint, new",
-    "agrees": "right under a right hint",
+    "agrees": "right under a right hint", "agrees_clean": "right, no hint, same questions",
     "follows_taught_sampled": "follows, taught, temperature 1",
     "follows_new_sampled": "follows, new, temperature 1",
     "right_taught_sampled": "right, taught, temperature 1",
@@ -80,6 +80,8 @@ def flags(found, records_of):
     for family in questions.NEW:
         put_all(family, (family,))
     put("agrees", "wrapped", "r", lambda r: not r["fails"])
+    helped = {r["clean"] for r in records_of["wrapped"] if not r["fails"]}
+    put("agrees_clean", "clean", "r", lambda r: r["clean"] in helped)
     for family in ("everyday", "context"):
         put(family, "plain", "r", lambda r: r["family"] == family)
     return out

@@ -56,13 +56,12 @@ def speed_table(study):
 
 
 def ratio_table(study):
-    lines = [["batch", "ours / naive", "ours / transformers", "floor / ours", "peak MB"]]
+    lines = [["batch", "ours / naive", "ours / transformers", "floor / ours"]]
     for row in study["sampler"]["compared"]:
         speeds, cells = row["tokens_per_second"], []
         for name in SAMPLERS[1:]:
             cells.append(f"{speeds['ours'] / speeds[name]:.1f}" if name in speeds else "-")
-        lines.append([count(row["batch"]), *cells, f"{row['floor']:.2f}",
-                      count(row["peak_bytes"] / 1e6)])
+        lines.append([count(row["batch"]), *cells, f"{row['floor']:.2f}"])
     return markdown(lines)
 
 
@@ -151,6 +150,11 @@ def over_trl(trl):
     return sum(trl["theirs"]) / sum(trl["ours"])
 
 
+def singles(trl):
+    """The same of single updates."""
+    return [theirs / ours for ours, theirs in zip(trl["ours"], trl["theirs"])]
+
+
 def beside_trl_rows(real):
     """The updates of a real model that ran beside TRL's."""
     return [row for row in real.get("updates", []) if "ours" in row["trl"]]
@@ -163,18 +167,17 @@ def beside_trl(study):
         text = f"TRL was not measured in this run: {found['missing']}."
         return text, text
     ours, theirs = found["ours"], found["theirs"]
-    singles = [b / a for a, b in zip(ours, theirs)]
     responses = study["training"]["updates"][0]["responses"]
     ratio = f"{over_trl(found):.1f} times as fast"
     real = [over_trl(row["trl"]) for row in beside_trl_rows(study["real"])]
     on_real = f", on {BASE.name} {spread(real)} times" if real else ""
     answer = (f"An opct-exact update is {ratio} as TRL's{on_real}. TRL ran in float32 with its own "
-              "sampling, without vLLM.")
+              "sampling, without vLLM and without gradient checkpointing.")
     mine, other = (1e3 * sum(seconds) / len(seconds) for seconds in (ours, theirs))
     return answer, (
         f"An opct-exact update of {responses} responses takes {mine:.0f} ms, mean of {len(ours)}. "
         f"One of TRL {found['version']}'s DistillationTrainer takes {other:.0f} ms. "
-        f"Ours is {ratio}, and {spread(singles)} times in single updates.")
+        f"Ours is {ratio}, and {spread(singles(found))} times in single updates.")
 
 
 # --- A real model ----------------------------------------------------------------------------
@@ -208,7 +211,8 @@ def real_update_table(real):
         trl, cells = row["trl"], ["-", "-", "-"]
         if "missing" not in trl:
             mine, other = (sum(s) / len(s) for s in (trl["ours"], trl["theirs"]))
-            cells = [f"{mine:.2f}", f"{other:.2f}", f"{over_trl(trl):.1f}"]
+            cells = [f"{mine:.2f}", f"{other:.2f}",
+                     f"{over_trl(trl):.1f} ({spread(singles(trl))})"]
         for who in ("ours", "theirs"):
             found = taken(row, who)
             cells.append(f"{found / 1e9:.1f}" if found else "-")
@@ -275,7 +279,7 @@ def in_short(studies):
               f"the same, SmolLM2, batch {listed(real_batches)}",
               "update / TRL's, float32, without vLLM",
               "the same, SmolLM2: short prompts, long, LoRA",
-              "TRL's memory / ours"]
+              "TRL's memory / ours, no checkpointing"]
     columns = [short_column(study, batches, real_batches) for study in studies]
     return markdown([["", *(study["about"]["machine"] for study in studies)],
                      *zip(labels, *columns)])

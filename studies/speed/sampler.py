@@ -151,8 +151,7 @@ def comparison_row(model, theirs, prompts, new, rounds, rates, with_naive):
     prompt, shared = sum(map(len, prompts)) / batch, len(commonprefix(prompts))
     floor = floor_seconds(model.config, batch, prompt, new, rates, shared if batch > 1 else 0)
     speeds = {name: batch * new / s for name, s in seconds.items()}
-    return {"batch": batch, "tokens_per_second": speeds, "floor": floor / seconds["ours"],
-            "peak_bytes": peak_bytes(device)}
+    return {"batch": batch, "tokens_per_second": speeds, "floor": floor / seconds["ours"]}
 
 
 def growth_row(model, batch, new, preset):
