@@ -186,8 +186,7 @@ def draw_first(study, path):
     if plt is None:
         return
     most = max(point["pairs"] for point in study["map"]["points"])
-    points = [point for point in study["map"]["points"]
-              if point["pairs"] == most and not point["second"]]
+    points = [point for point in study["map"]["points"] if point["pairs"] == most]
     fig, axes = plt.subplots(1, 3, figsize=(10, 3.4), layout="constrained")
     for ax, (metric, title) in zip(axes, FIRST_PANELS.items()):
         draw_map_panel(ax, points, metric, title)

@@ -6,8 +6,8 @@ cells share their worlds, base models and, at the first point, their runs with t
 study. A world with fewer pairs is the same world; its pairs of failures are the first ones.
 
 First reading: all points with the learning rates of the study, which were chosen at the point of
-the cells. Second reading: one point, with learning rates that were chosen there, by the same rule,
-on the validation split.
+the cells. Second reading: some points, with learning rates that were chosen at one of them, by the
+same rule, on the validation split.
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +39,7 @@ def first_reading(preset, rates):
 
 
 def second_reading(preset, rates):
-    return Point(*preset.map_second, rates, second=True)
+    return [Point(*place, rates, second=True) for place in preset.map_again]
 
 
 def world_of(preset, point):
@@ -83,7 +83,7 @@ def file_of(point):
 
 def grid_stages(folder, preset):
     """The learning rates of the second reading: every arm at every rate, on validation."""
-    worlds, runs, tables, second = [], [], [], second_reading(preset, {})
+    worlds, runs, tables, second = [], [], [], Point(*preset.map_second, {})
     tried = [(arm, rate) for rate in preset.map_rates for arm in ARMS]
     for seed in preset.grid_seeds:
         if world_of(preset, second) != "world":
@@ -98,7 +98,7 @@ def stages(folder, preset, rates, second):
     """All points: worlds with fewer pairs, the runs and what is measured on them. rates, second:
     the learning rates of the first and of the second reading."""
     worlds, runs, tables = [], [], []
-    points = [*first_reading(preset, rates), second_reading(preset, second)]
+    points = [*first_reading(preset, rates), *second_reading(preset, second)]
     for seed in preset.map_seeds:
         for point in points:
             if world_of(preset, point) != "world":

@@ -27,22 +27,22 @@ for arm in ("opct", "opct-exact", "sft-exact"):
     CLAIMS += [(f"{arm} keeps more arithmetic than sft", "capability_math", weights, 1),
                (f"{arm} keeps more facts than sft", "capability_facts", weights, 1),
                (f"{arm} keeps more instructions than sft", "capability_instructions", weights, 1),
-               (f"{arm} tells more harmless recipes than sft", "over_refusal", weights, -1),
+               (f"{arm} tells more harmless ones than sft", "over_refusal", weights, -1),
                (f"{arm} leaves fewer failures than sft", "failures_left", weights, -1),
                (f"{arm} drifts less than sft", "drift_kl", weights, -1),
                (f"{arm} memorises less than sft", "memorised", weights, -1)]
 WORDS = {"confirmed": "yes", "opposite": "no", "not confirmed": "?"}
 
 
-def by_passes(the_map):
-    """The points of the first reading, from few passes over a response to many."""
-    return sorted((point for point in the_map["points"] if not point["second"]),
+def by_passes(the_map, second=False):
+    """The points of a reading, from few passes over a response to many."""
+    return sorted((point for point in the_map["points"] if point["second"] == second),
                   key=lambda point: point["passes"])
 
 
 def in_order(the_map):
-    """All points: those of the first reading by passes, then that of the second."""
-    return by_passes(the_map) + [point for point in the_map["points"] if point["second"]]
+    """All points: those of the first reading, then those of the second."""
+    return by_passes(the_map) + by_passes(the_map, second=True)
 
 
 def by_point(the_map, metric, columns):
@@ -99,9 +99,9 @@ def breaks(the_map):
 
 
 def generalisation(the_map):
-    """Good responses to what was trained and to what is new, at the point of both readings, with
-    the learning rates of the first."""
-    second = next(point for point in the_map["points"] if point["second"])
+    """Good responses to what was trained and to what is new, with the learning rates of the first
+    reading, at the point with most passes that has a second one."""
+    second = by_passes(the_map, second=True)[-1]
     place = second["pairs"], second["updates"]
     point = next(p for p in by_passes(the_map) if (p["pairs"], p["updates"]) == place)
     return figures_table(over_seeds(list(point["cells"].values())), MEANS, GOOD)

@@ -48,8 +48,9 @@ class Preset:
     map_seeds: tuple = (0, 1, 2, 3, 4)                      # of llama
     own: tuple = (24, 60)                                   # the point of the cells
     map_points: tuple = ((3, 60), (3, 240), (3, 480), (24, 60), (24, 240), (24, 480))
-    map_second: tuple = (3, 240)                            # the point of the second reading
+    map_second: tuple = (3, 240)                            # where the second reading's are chosen
     map_rates: tuple = ("1e-4", "3e-4", "6e-4", "1e-3")     # that are tried there
+    map_again: tuple = ((3, 240), (24, 480))                # the points of the second reading
     map_tries: int = 240                                    # responses for each good_*
     cost: dict = field(default_factory=COST.copy)
 
@@ -62,10 +63,10 @@ PRESETS = {
                     attacker="--steps 2 --group 4 --attempts 4", attempts=4, attackers=2,
                     rates=("1e-3",), seeds=(0,), more_seeds=(), grid_seeds=(0,), map_seeds=(0,),
                     own=(8, 4), map_points=((2, 8), (8, 4)), map_second=(2, 8),
-                    map_rates=("3e-4",), map_tries=24, cost=SMALL),
+                    map_again=((2, 8),), map_rates=("3e-4",), map_tries=24, cost=SMALL),
     # All questions with few seeds and points: about an hour on 2 CPU cores.
     "quick": Preset(seeds=(0, 1), more_seeds=(), grid_seeds=(0,), map_seeds=(0, 1),
-                    map_points=((3, 60), (3, 240), (24, 60))),
+                    map_points=((3, 60), (3, 240), (24, 60)), map_again=((3, 240),)),
     # The study of the README: 5 to 10 hours on 2 CPU cores.
     "full": Preset()}
 

@@ -105,14 +105,16 @@ def with_sums(runs):
 def collect_points(folder, preset, points, seeds):
     """What was measured at each point of the map: its cells, llama-0 and so on, and their runs.
 
-    `passes`: how often an offline run goes over each of its responses.
+    `passes`: how often an offline run goes over each of its responses. Seeds of an earlier sitting
+    may lack a point that the plan has got since.
     """
     found, batch = [], value_of("--batch", preset.runs.split())
     for point in points:
         cells = {}
         for seed in seeds:
-            measured = read(Path(folder) / f"llama-{seed}" / file_of(point))
-            cells[f"llama-{seed}"] = {"runs": with_sums(measured["runs"])}
+            path = Path(folder) / f"llama-{seed}" / file_of(point)
+            if path.exists():
+                cells[f"llama-{seed}"] = {"runs": with_sums(read(path)["runs"])}
         found.append({"pairs": point.pairs, "updates": point.updates, "second": point.second,
                       "passes": batch * point.updates / point.pairs, "rates": point.rates,
                       "cells": cells})
@@ -144,8 +146,11 @@ def kind_of(name):
 
 
 def whole_seeds(folder, preset, points):
-    """The seeds of which everything is there. points: of the map."""
+    """The seeds of which everything is there but for points of the second reading that the plan has
+    got since. points: of the map."""
     seeds = []
+    points = [point for point in points if (point.flag, point.updates) == preset.map_second
+              or not point.second]
     for seed in preset.seeds:
         part = part_of(preset, (seed,))
         cells = [Path(folder) / f"{family}-{number}" for family, number in cells_of(part)]
@@ -170,7 +175,7 @@ def collect(folder, before=None):
     points, seeds = [], ()
     if grid and second:
         points = [*first_reading(preset, choose(grid)[0]),
-                  second_reading(preset, choose(second)[0])]
+                  *second_reading(preset, choose(second)[0])]
         seeds = whole_seeds(folder, preset, points)
     part = part_of(preset, seeds)
     cells = {f"{family}-{seed}": collect_cell(Path(folder) / f"{family}-{seed}/results.json")
@@ -183,7 +188,9 @@ def collect(folder, before=None):
     found = collect_points(folder, preset, points, part.map_seeds)
     study = {"cells": cells, "grid": grid, "map": {"grid": second, "points": found},
              "about": about, "transcripts": transcripts_of(folder) if 0 in seeds else None}
-    return with_earlier(study, before) if before else study
+    study = with_earlier(study, before) if before else study
+    study["map"]["points"] = [point for point in study["map"]["points"] if point["cells"]]
+    return study
 
 
 def transcripts_of(folder):

@@ -6,7 +6,7 @@ from pathlib import Path
 from studies import pool
 from studies.claims import map as the_map
 from studies.claims import plan
-from studies.claims.results import NOTHING, collect_cell, collect_tries, read
+from studies.claims.results import NOTHING, collect_cell, collect_tries, place_of, read
 from studies.study import ARMS
 from support.common import show, write_text
 
@@ -44,6 +44,16 @@ def seed_stages(folder, preset, seeds, rates, second, together=1):
     return [stage for stage in stages if stage]
 
 
+def lacks(found, preset, seed):
+    """Whether something of this seed is not among these results."""
+    name, wanted = f"llama-{seed}", []
+    if seed in preset.map_seeds:
+        wanted = [*the_map.first_reading(preset, {}), *the_map.second_reading(preset, {})]
+    there = [place_of(point) for point in found["map"].get("points", ()) if name in point["cells"]]
+    return name not in found["cells"] or any(
+        (point.pairs, point.updates, point.second) not in there for point in wanted)
+
+
 def run(name, before=None, only=None):
     """Runs the study of a preset, or goes on with it. Returns its folder.
 
@@ -51,7 +61,7 @@ def run(name, before=None, only=None):
     """
     preset, folder, at_once = plan.PRESETS[name], f"out/study-claims-{name}", pool.places()
     found = before or NOTHING
-    seeds = [seed for seed in only or preset.seeds if f"llama-{seed}" not in found["cells"]]
+    seeds = [seed for seed in only or preset.seeds if lacks(found, preset, seed)]
     first = grid_stages(folder, preset, found)
     guess = dict.fromkeys(ARMS, preset.rates[-1])      # not chosen yet
     later = pool.seconds_of(seed_stages(folder, preset, seeds, guess, guess))
