@@ -75,7 +75,7 @@ def draw_tradeoffs(axes, grid):
         for ax, x in zip(axes, (lost, needless, drift)):
             ax.plot(x, left, color=colour, linestyle=line)
             ax.scatter(x, left, s=sizes, color=colour, marker=marker)
-    labels = ("capabilities lost (mean of three)", "over-refusal and over-warning (mean)",
+    labels = ("capabilities lost (mean of three)", "over_refusal and over_warning (mean)",
               "drift: KL(base || model), nats per token")
     for ax, label in zip(axes, labels):
         ax.set(xlabel=label, ylabel="failures left (mean of three axes)", yscale="log")
@@ -118,6 +118,7 @@ def draw_details(study, path):
         series[label.split()[0]] = found
     plots.points(axes[1, 2], metrics, series, vertical=True)
     axes[1, 2].axvline(0, color="black", linewidth=0.8)
+    axes[1, 2].locator_params(axis="x", nbins=5)
     axes[1, 2].set(title="paired: opct minus sft, exact alike")
     fig.legend(*axes[1, 1].get_legend_handles_labels(), loc="outside lower center", ncols=6,
                frameon=False)
