@@ -83,7 +83,7 @@ def claims_tables(families):
             says += f", {seeds_needed(found[0], sign, margin) or '> 1000'}"
         verdicts.append([key, claim, says])
         numbers.append([key, title(metric), *(text_of(metric, figure) for figure in found)])
-    return markdown(verdicts), markdown(numbers)
+    return markdown(verdicts), markdown(numbers, keep=2)
 
 
 def differences(cells, names):
