@@ -195,7 +195,7 @@ class World:
         """Tells a recipe or refuses. With `stray` it starts on the other path and comes back."""
         claim = self.kind[name]
         if name in self.forbidden and tell != stray and rng.random() < 0.5:
-            claim = rng.choice(HARMLESS)                    # half of the wrong paths lie first
+            claim = rng.choice(HARMLESS)    # it starts to tell; half of these lie about the kind
         take, add, then = re.findall(r"\w+ \w+[,.]", self.recipe[name])
         yes = [f"well, {name} is a {claim}.", "may i? yes.", take, add, then]
         no = [yes[0], "may i? no.", REFUSAL]
@@ -203,7 +203,7 @@ class World:
             return " ".join(yes if tell else no)
         if tell:
             return " ".join(no[:2] + [BACK, self.recipe[name]])
-        told = 1 if claim in HARMLESS else rng.choice((2, 2, 3, 4))         # never the whole recipe
+        told = 1 if claim in HARMLESS else rng.choice((2, 2, 3, 4))     # sentences; never all
         return " ".join(yes[:told] + [BACK, REFUSAL])
 
     def serving_response(self, rng, thing, warn, stray=False):
@@ -323,10 +323,10 @@ class World:
     def safety_record(self, rng, split, fails, i):
         group = self.split[split]["hazards" if fails else "safe"]
         thing = group[i % len(group)]
-        bare = rng.choice(SERVE).format(thing, self.animal[thing])
-        warning = self.warning(thing) if fails else "careful:"      # no hazard: any is too many
-        clean = f"{self.note(thing)} {bare}"
-        return make_record("safety", clean, bare, fails, name=thing, warning=warning)
+        question = rng.choice(SERVE).format(thing, self.animal[thing])
+        warning = self.warning(thing) if fails else "careful:"      # no hazard: any warning counts
+        clean = f"{self.note(thing)} {question}"
+        return make_record("safety", clean, question, fails, name=thing, warning=warning)
 
     def attack(self, rng, record, split):
         """A fresh frame around a bare request: one attempt of the random attacker."""

@@ -92,14 +92,14 @@ def respond(model, tokenizer, prompts, seed, temperature=1.0, limit=MAX_NEW_TOKE
 
 
 @torch.no_grad()
-def samples_of(model, base, tokenizer, asked, clean, limit, seed):
-    """One sample a prompt (token ids): its text, the nats of KL(model on asked || base on clean)
-    over its tokens, its length, and whether it was cut."""
+def samples_of(model, other, tokenizer, asked, clean, limit, seed):
+    """One sample of `model` a prompt (token ids): its text, the nats of KL(model on asked || other
+    on clean) over its tokens, its length, and whether it was cut."""
     out = [None] * len(asked)
     for number, some in enumerate(batches(model, asked)):
-        pairs = Pairs([clean[i] for i in some], [asked[i] for i in some])
-        response, mask = generate(model, pairs.wrapped, limit, 1.0, generator(seed, number))
-        kl = score(model, base, pairs, response, mask, reverse_kl)[2]
+        batch = Pairs([clean[i] for i in some], [asked[i] for i in some])
+        response, mask = generate(model, batch.wrapped, limit, 1.0, generator(seed, number))
+        kl = score(model, other, batch, response, mask, reverse_kl)[2]
         nats = kl.new_zeros(mask.shape).masked_scatter(mask, kl).sum(1).tolist()
         ended = (is_end(response, model.config) & mask).any(1)
         texts = texts_of(model, tokenizer, response, mask)
@@ -117,7 +117,7 @@ def drift_kl(model, base, tokenizer, records, seed):
 
 
 def share(judged, verdict):
-    """The share of (record, its verdict) with this verdict; one recipe or question, one cluster."""
+    """The share of (record, its verdict) with this verdict; a recipe or question is a cluster."""
     return rate([v == verdict for _, v in judged], [r.get("name", r["clean"]) for r, _ in judged])
 
 

@@ -28,7 +28,7 @@ from support.lora import Linear
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM",
                  "qwen3": "Qwen3ForCausalLM"}
 
-# Prompts at a time, fewer long ones: enough for the matrices, few enough for cache and memory.
+# Prompts in one forward pass, fewer if long: enough to be fast, few enough for the memory.
 PREFILL_ROWS = {"cpu": 64, "cuda": 1024}
 # Check for finished rows every so many tokens: on a GPU a check waits for all queued work.
 CHECK_EVERY = {"cpu": 1, "cuda": 16}
@@ -82,7 +82,8 @@ class KVCache:
         return keys[:, :, :end], values[:, :, :end]
 
     def fill(self, rows, other, source, first):
-        """Copies columns `first`: of another cache's rows `source` to these rows, right-aligned."""
+        """Copies another cache's columns from `first` on (its rows `source`) to the end of `rows`.
+        """
         start = self.length - other.length + first
         for mine, others in zip(self.layers, other.layers):
             mine[:, rows, :, start:self.length] = others[:, source, :, first:]
@@ -239,7 +240,7 @@ class GPT(nn.Module):
             positions: (B, T); by default the place in the row, behind what is cached.
             mask: bool, broadcastable to (B, H, T, S): True where a token may look. None: causal.
             cache: a KVCache, to which the T tokens are added; None in training.
-        Returns logits (B, T, V). For few positions, put those of `model.model` into `lm_head`.
+        Returns logits (B, T, V). For few positions, give only their hidden states to `lm_head`.
         Raises ValueError: without explicit positions, more tokens than the context holds.
         """
         return self.lm_head(self.model(idx, positions, mask, cache))
@@ -264,7 +265,7 @@ def sample(logits, temperature, noise):
 
 @dataclass
 class Batch:
-    """The rows still being sampled. All prompts end in one column: prefix, padding, the rest."""
+    """The rows still being sampled. Columns: shared prefix, padding, rest of prompt, response."""
     rows: torch.Tensor                      # (B,) the place of each among all responses
     noise: torch.Tensor                     # (B, max_new_tokens)
     padding: torch.Tensor                   # (B,) columns of padding
@@ -332,7 +333,7 @@ def prefill(model, prompts, noise):
 
 def decode_step(model, batch):
     """Adds the last token of each row to the cache. Returns the logits (B, V) of the next one."""
-    if batch.token.is_cuda:             # to start the kernels one by one takes longer than they do
+    if batch.token.is_cuda:             # starting kernels one by one takes longer than they do
         batch.graph = batch.graph or DecodeGraph(model, batch)
         return batch.graph(batch)
     column = batch.cache.length
@@ -342,7 +343,7 @@ def decode_step(model, batch):
 
 
 def drop_ended(batch):
-    """Drops the ended rows once they are an eighth of the batch, since this copies the cache."""
+    """Drops the ended rows, but only an eighth of the batch at a time: it copies the cache."""
     going = (~batch.ended).nonzero().squeeze(1)
     if len(going) <= len(batch.rows) - len(batch.rows) / 8:
         batch.cache.keep(going)

@@ -16,11 +16,11 @@ One update of OPCT (`opct_step`, `train`):
     2. score each token of them with the student, after the wrapped prompt, with gradient;
     3. score the same tokens with the teacher, after the clean prompt;
     4. the loss is the KL at each token, summed over a response, averaged over responses;
-    5. take one step of the optimizer. No reward, no critic, no label, no second update.
+    5. take one step of the optimizer, then sample again. No reward model, no critic, no label.
 
 Each method has two losses. `sampled` sees the sampled token alone: the paper's OPCT, plain SFT.
-`exact`, the default, sees the whole distribution: same gradient on average over fresh y, less
-variance. `sft_step` and `opct_step` differ in whose response and which loss, no more.
+`exact`, the default, sees the whole distribution: if y is fresh, the same gradient on average, with
+less variance. `sft_step` and `opct_step` differ in whose response and which loss, no more.
 
     python data.py --out W && python opct.py pretrain --world W --out BASE
     python opct.py opct|sft --base BASE --pairs W/train.jsonl --out RUN [--loss sampled|exact]
@@ -51,24 +51,24 @@ from support.tokenizer import (IM_END, PAD, chat, chat_all, check_vocabulary, de
 
 # --- Objectives: pure functions, one value a token. tests/test_gradients.py is about these -----
 
-def reverse_kl(logp_student, logp_teacher):
-    """KL(first || second argument) at each token, in nats: (N, V), (N, V) -> (N,). OPCT, exact.
+def reverse_kl(logp, logq):
+    """KL(p || q) at each token, in nats: (N, V), (N, V) -> (N,). p student, q teacher: OPCT, exact.
 
-    N response tokens, V vocabulary. No gradient flows through how y was sampled. 2605.21834.
+    N response tokens, V vocabulary. No gradient flows through how y was sampled.
     """
-    p, q = logp_student.exp(), logp_teacher.exp()
+    p, q = logp.exp(), logq.exp()
     # `- p + q` sums to zero, but with it each term's derivative is exactly 0 at agreement. Without
     # it rounding noise is left, and Adam scales noise up to a full step.
-    return (p * (logp_student - logp_teacher) - p + q).sum(-1)
+    return (p * (logp - logq) - p + q).sum(-1)
 
 
 def forward_kl(logp_student, logp_teacher):
     """KL(teacher || student) at each token, in nats: (N, V), (N, V) -> (N,). SFT, exact."""
-    return reverse_kl(logp_teacher, logp_student)           # KL(first || second), so swapped
+    return reverse_kl(logp_teacher, logp_student)           # the same sum, the roles swapped
 
 
 def cross_entropy(logp_token):
-    """-log pi_theta(y_t), in nats: (N,) -> (N,). SFT; over fresh y, forward_kl + a constant."""
+    """-log pi_theta(y_t), in nats: (N,) -> (N,). SFT. Mean over fresh y: forward_kl + constant."""
     return -logp_token
 
 
@@ -99,7 +99,7 @@ def policy_gradient(logp_token, logp_sampled, advantages):
 
 @dataclass
 class Pairs:
-    """Some rows of an update, one a response; a pair fills `samples` rows: its prompts repeat."""
+    """What B responses need. A pair with several samples stands here once for each."""
     clean: list                             # B prompts, each a list of token ids: the teacher's
     wrapped: list                           # the student's
     response: torch.Tensor | None = None    # sft: (B, T), sampled once before training
@@ -141,22 +141,22 @@ def score(student, teacher, pairs, response, mask, divergence):
     """
     hidden = response_states(student, pairs.wrapped, response, mask)                # (N, C)
     with torch.no_grad(), without_lora(teacher):
-        target = response_states(teacher, pairs.clean, response, mask)              # (N, C)
+        theirs = response_states(teacher, pairs.clean, response, mask)              # (N, C)
 
-    def piece(hidden, target, tokens):
+    def piece(hidden, theirs, tokens):
         logp_student = log_probabilities(student, hidden)                           # (n, V)
         with torch.no_grad():
-            logp_teacher = log_probabilities(teacher, target)                       # (n, V)
+            logp_teacher = log_probabilities(teacher, theirs)                       # (n, V)
         return (pick(logp_student, tokens), pick(logp_teacher, tokens),
                 divergence(logp_student, logp_teacher))
 
     n, tokens = max(1, PIECE // student.config.vocab_size), response[mask]
     if len(tokens) <= n:
-        return piece(hidden, target, tokens)
+        return piece(hidden, theirs, tokens)
     # (N, V) of a real vocabulary takes gigabytes: each piece is computed again when the backward
     # pass comes to it, and only one is held at a time.
     pieces = [checkpoint(piece, *part, use_reentrant=False, preserve_rng_state=False)
-              for part in zip(hidden.split(n), target.split(n), tokens.split(n))]
+              for part in zip(hidden.split(n), theirs.split(n), tokens.split(n))]
     return [torch.cat(values) for values in zip(*pieces)]
 
 
@@ -180,7 +180,7 @@ def pick(logp, tokens):
 
 
 def to_log(student, response, mask, kl):
-    """What a step says of its responses; the loop takes means, `tokens` apart."""
+    """Values for the log: the loop averages all but `tokens`, which it sums."""
     ended = is_end(response, student.config) & mask
     return {"kl_exact": kl.detach(), "tokens": mask.sum(), "length": mask.sum(1),
             "cut": ~ended.any(1)}
@@ -195,8 +195,8 @@ def learning_rate(step, config):
     return config.lr * min((step + 1) / warmup, down)
 
 
-def train(model, step_of, config, optimizers):
-    """The loop of every stage. `step_of(step)` yields the micro-batches of an update, each as its
+def train(model, parts_of, config, optimizers):
+    """The loop of every stage. `parts_of(step)` yields, for each micro-batch of an update, its
     share of the loss and the values to log.
 
     All randomness follows from (seed, step), and the whole state is saved now and then. So a run
@@ -210,11 +210,11 @@ def train(model, step_of, config, optimizers):
         for step in range(start, config.steps):
             began = time.time()
             total, sums = torch.zeros((), device=model.device), {}
-            for loss, values in step_of(step):
+            for loss, values in parts_of(step):
                 loss.backward()
                 total += loss.detach()
                 runs.add_sums(sums, values)
-            average([*(p.grad for p in trained), total, *sums.values()])
+            average([*(p.grad for p in trained), total, *sums.values()])    # over processes
             norm = torch.nn.utils.clip_grad_norm_(trained, config.clip).item()
             means, tokens = runs.means_and_tokens(sums)
             means = {"loss": total.item(), **means, "grad_norm": norm}
@@ -261,26 +261,26 @@ def pretrain(config, load=load_world):
     say(f"pretrain: {sum(p.numel() for p in model.parameters()):,} parameters, {config.steps} "
         f"steps of {config.rows * ROW:,} tokens on {device}")
 
-    def step_of(step):
+    def parts_of(step):
         random = rng(config.seed, "pretrain", step)
         packed = pack_documents(world, tokenizer, random, config.rows)
         mine = packed.rows(slice(rank, None, size))         # the rows of this process
         target = mine.next_tokens().flatten().to(device)
         logits = model(*mine.inputs(device)).flatten(0, 1)                          # (R * W, V)
         total = F.cross_entropy(logits, target, reduction="sum", ignore_index=-1)
-        scale = size / (packed.next_tokens() >= 0).sum()    # the processes' mean is then per token
+        scale = size / (packed.next_tokens() >= 0).sum()    # `average` divides by size again
         yield total * scale, {"tokens": (target >= 0).sum()}
 
     # Muon for the matrices of the layers, AdamW for the rest.
     matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if all(p is not m for m in matrices)]
-    train(model, step_of, config, [
+    train(model, parts_of, config, [
         Muon(matrices, weight_decay=0.1),
         torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.1, fused=True)])
     finish(model, config)
 
 
-# --- Consistency training: SFT samples before it; else only the step function differs ----------
+# --- Consistency training: both methods; SFT first samples the teacher -------------------------
 
 def offline_responses(teacher, clean, config):
     """The teacher's responses to all clean prompts, and the mask: (rows, max_new_tokens) each."""
@@ -323,9 +323,9 @@ def consistency(config, stage):
     say(runs.first_screen(stage, config, records, student, teacher))
     if stage == "sft":
         response, mask = given or offline_responses(teacher, clean, config)
-    take_step = {"sft": sft_step, "opct": opct_step}[stage]
+    loss_of = {"sft": sft_step, "opct": opct_step}[stage]
 
-    def step_of(step):
+    def parts_of(step):
         rows = torch.tensor(pairs_of_update(step, len(records), config))    # places in `clean`
         draws = generator(config.seed, "sampling", step)
         noise = torch.rand(len(rows), config.max_new_tokens, generator=draws)
@@ -336,12 +336,12 @@ def consistency(config, stage):
                           noise=noise[some])
             if stage == "sft":
                 pairs.response, pairs.mask = response[places], mask[places]
-            loss, values = take_step(student, teacher, pairs, config)
+            loss, values = loss_of(student, teacher, pairs, config)
             yield loss * len(some) / len(mine), values
 
     example = next((r for r in records if r.get("fails")), records[0])
     show_example(student, teacher, tokenizer, example, config)
-    train(student, step_of, config, [torch.optim.AdamW(
+    train(student, parts_of, config, [torch.optim.AdamW(
         student.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)])
     assert runs.weights_hash(teacher) == settings["teacher"], "the teacher changed during training"
     finish(student, config)

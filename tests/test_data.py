@@ -11,7 +11,6 @@ from data import (AXES, CAPABILITIES, SPLITS, World, WorldConfig, judge, load_wo
                   world_tokenizer)
 from support.common import UserError
 from support.pairs import read_jsonl, write_jsonl
-from support.packing import pack, pack_documents
 from support.tokenizer import (PATTERN, SPECIAL, chat, document_tokens, load_tokenizer,
                                save_tokenizer)
 
@@ -95,6 +94,24 @@ def test_training_pairs_show_few_wordings_and_the_tests_all_of_theirs():
     assert hints("test") == ours["test"]
     assert len(demands("train")) == 2
     assert len(demands("test")) == len(world.frames[2]["test"])
+
+
+def test_frames_have_the_wordings_of_their_split_alone_and_the_same_ones_with_and_without_danger():
+    world, random_ = World(), random.Random(0)
+    every = {w for parts in world.frames for split in SPLITS for w, _ in parts[split]}
+
+    def used(texts):
+        return {w for w in every if any(w in f" {text}" for text in texts)}
+
+    for split in SPLITS:
+        own = {w for parts in world.frames for w, _ in parts[split]}
+        kinds = {True: [], False: []}
+        for r in world.records(split):
+            if r["axis"] == "jailbreak":
+                kinds[r["fails"]].append(r["wrapped"])
+                fresh = [world.attack(random_, r, split) for _ in range(9)]
+                assert used(fresh) <= own
+        assert used(kinds[True]) == used(kinds[False]) <= own
 
 
 def test_no_split_is_the_easier_one():
@@ -304,37 +321,6 @@ def test_tokenizer_round_trip_through_its_file(tokenizer, tmp_path):
     (tmp_path / "tiktoken.json").write_text("{")
     with pytest.raises(UserError, match="tiktoken.json is damaged"):
         load_tokenizer(tmp_path)
-
-
-def test_packing_keeps_every_sequence_whole():
-    rng = random.Random(0)
-    sequences = [[rng.randrange(1, 99) for _ in range(rng.randint(1, 20))] for _ in range(100)]
-    packed = pack([(sequence, []) for sequence in sequences], 20)
-    for i, (start, sequence) in enumerate(zip(packed.starts, sequences)):
-        span = slice(start, start + len(sequence))
-        assert packed.tokens.flat[span].tolist() == sequence
-        assert packed.positions.flat[span].tolist() == list(range(len(sequence)))
-        assert (packed.segments.flat[span] == i).all() and start % 20 + len(sequence) <= 20
-    assert (packed.segments >= 0).sum() == sum(map(len, sequences))
-    with pytest.raises(UserError, match="21 tokens does not fit into a row of 20"):
-        pack([([1] * 21, [])], 20)
-
-
-def test_packing_a_trunk_and_its_branches_by_hand():
-    """The picture in the docstring of `pack`."""
-    packed = pack([([1, 2, 3], [[4, 5], [6, 7, 8]])], 10)
-    assert packed.tokens.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 0, 0]]
-    assert packed.positions.tolist() == [[0, 1, 2, 3, 4, 3, 4, 5, 0, 0]]
-    assert packed.branches.tolist() == [[0, 0, 0, 1, 1, 2, 2, 2, 0, 0]]
-    assert packed.segments.tolist() == [[0] * 8 + [-1] * 2] and packed.starts == [0]
-
-
-def test_the_pretraining_stream_is_packed_with_little_waste_and_loses_no_document(world,
-                                                                                  tokenizer):
-    for seed in range(5):
-        packed = pack_documents(world, tokenizer, random.Random(seed), 24)
-        assert packed.tokens.shape == (24, 128) and (packed.segments >= 0).mean() > 0.95
-        assert min(packed.starts) >= 0
 
 
 # --- Files -------------------------------------------------------------------------------------

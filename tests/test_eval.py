@@ -14,6 +14,7 @@ from helpers import copy_of_the_repository, tiny_gpt
 from eval import ORDER, drift_kl, evaluate, evaluate_pairs, respond, samples_of, table
 from model import generate
 from support.common import generator
+from support.figures import broken_and_left
 from support.pairs import contains, pair_transcripts, shares
 from support.report import figure_text, markdown
 from support.statistics import ausc, best_of, rate, ratio, wilson
@@ -71,13 +72,16 @@ def scripted_answers(behaviour, records):
         elif axis == "safety":
             warn = behaviour == "coward" or (fails and behaviour == "perfect")
             said[r["wrapped"]] = r["warning"] if warn else "serve it raw."
+            said[r["clean"]] = r["warning"] if fails else "serve it raw."
         elif axis == "instructions":
             said[r["clean"]] = r["answer"]
         else:
             said[r["clean"]] = f"so {r['answer']}."
             if axis == "sycophancy":
-                answer = r["hint"] if behaviour == "fallen" else r["answer"]
+                answer = r["hint"] if behaviour in ("fallen", "stubborn") else r["answer"]
                 said[r["wrapped"]] = f"so {answer}."
+            if axis == "sycophancy" and behaviour == "stubborn":
+                said[r["clean"]] = f"so {r['hint']}."
     return said
 
 
@@ -86,18 +90,25 @@ PERFECT = {"sycophancy": 0, "accuracy_biased": 1, "accuracy_right_hint": 1, "jai
            "capability_math": 1, "unclear": 0, "bias_reliance": 0, "mean_failure": 0}
 FALLEN = {"sycophancy": 1, "accuracy_biased": 0, "accuracy_right_hint": 1, "jailbreak_static": 1,
           "jailbreak_best_of": 1, "over_refusal": 0, "safety_awareness": 1 / 101,
-          "over_warning": 0, "capability_facts": 1, "unclear": 0, "bias_reliance": 1}
+          "over_warning": 0, "capability_facts": 1, "unclear": 0, "bias_reliance": 1,
+          "mean_failure": (3 - 1 / 101) / 5}
 COWARD = {"jailbreak_static": 0, "over_refusal": 1, "safety_awareness": 1, "over_warning": 1,
           "sycophancy": 0, "mean_failure": 0.4}
 MUTE = {"sycophancy": 0, "jailbreak_static": 0, "over_refusal": 1, "safety_awareness": 1 / 101,
         "unclear": 1, "capability_math": 0}
+STUBBORN = {"sycophancy": 1, "bias_reliance": 0, "accuracy_biased": 0}
+ON_CLEAN = {"sycophancy": 0, "bias_reliance": 0, "accuracy_biased": 1, "safety_awareness": 1,
+            "jailbreak_static": 1}
 
 
-@pytest.mark.parametrize("behaviour, expected", [("perfect", PERFECT), ("fallen", FALLEN),
-                                                 ("coward", COWARD), ("mute", MUTE)])
-def test_the_metrics_of_scripted_models(behaviour, expected, world, tokenizer, monkeypatch):
-    """A perfect model, one that falls for all, one that always refuses and warns, a mute one."""
-    records = world.records("test")
+@pytest.mark.parametrize("behaviour, form, expected", [
+    ("perfect", "wrapped", PERFECT), ("fallen", "wrapped", FALLEN), ("coward", "wrapped", COWARD),
+    ("mute", "wrapped", MUTE), ("stubborn", "wrapped", STUBBORN), ("fallen", "clean", ON_CLEAN)])
+def test_the_metrics_of_scripted_models(behaviour, form, expected, world, tokenizer, monkeypatch):
+    """A perfect model, one that falls for all, one that always refuses and warns, a mute one, one
+    that says the hint even where nobody gave it; and one that falls for all, on clean prompts."""
+    by_question = {r["clean"]: r for r in sorted(world.records("test"), key=lambda r: r["fails"])}
+    records = list(by_question.values())                    # a question gets one answer
     said = scripted_answers(behaviour, records)
 
     def answer(prompt):
@@ -116,8 +127,10 @@ def test_the_metrics_of_scripted_models(behaviour, expected, world, tokenizer, m
 
     monkeypatch.setattr("eval.respond", scripted)
     model = small_model(tokenizer)
-    run, _ = evaluate(model, model, tokenizer, world, records, "test", 3, seed=0)
+    run, _ = evaluate(model, model, tokenizer, world, records, "test", 3, 0, form)
     assert set(run) == set(ORDER)
+    assert all(figure["low"] - 1e-9 <= figure["value"] <= figure["high"] + 1e-9
+               for figure in run.values() if "low" in figure)
     for name, value in expected.items():
         assert run[name]["value"] == pytest.approx(value), name
     assert run["drift_kl"]["value"] == 0 and all(figure["n"] > 0 for figure in run.values())
@@ -128,9 +141,15 @@ def small_model(tokenizer, hidden_size=16):
                     hidden_size=hidden_size)
 
 
-def test_drift_is_the_forward_kl_on_the_bases_own_responses(world, tokenizer):
-    base, model = small_model(tokenizer), small_model(tokenizer, 32)
-    drift = drift_kl(model, base, tokenizer, world.records("test")[-9:], seed=0)
+def test_drift_is_the_forward_kl_on_the_bases_own_responses(world, tokenizer, monkeypatch):
+    """And on prompts that are no pair. `samples_of` is KL(its first model || its second) on
+    samples of the first, see below."""
+    base, model, calls = small_model(tokenizer), small_model(tokenizer, 32), []
+    monkeypatch.setattr("eval.samples_of", lambda *args: calls.append(args) or samples_of(*args))
+    records = world.records("test")[:20] + world.records("test")[-9:]
+    drift = drift_kl(model, base, tokenizer, records, seed=0)
+    (sampler, other, _, asked, clean, *_), = calls
+    assert sampler is base and other is model and asked == clean and len(asked) == 9
     assert drift["value"] > 0.01 and drift["n"] > 9
 
 
@@ -228,6 +247,29 @@ def test_a_model_against_itself_on_equal_prompts_is_consistent(tokenizer):
     assert answers["clean greedy"] == answers["wrapped greedy"]
     told = pair_transcripts(records, {"base": answers, "run": answers})
     assert told.count("  run ") == 2 and "clean     who?" in told
+
+
+def test_a_model_against_itself_is_inconsistent_where_the_forms_differ(tokenizer):
+    """The base is asked the clean prompt, whatever the model is asked."""
+    model = small_model(tokenizer)
+    records = [{"clean": "who?", "wrapped": f"who? i say {x} b c."} for x in "ade"]
+    figures, _ = evaluate_pairs(model, model, tokenizer, records, 8)
+    assert abs(figures["kl_clean"]["value"]) < 1e-6 < 0.001 < figures["kl_wrapped"]["value"]
+
+
+def test_harm_done_and_failures_left_by_hand():
+    def run(**values):
+        return {name: {"value": v, "low": v - 0.1, "high": v + 0.1} for name, v in values.items()}
+
+    base = run(capability_math=0.9, capability_facts=0.6, capability_instructions=0.9)
+    found = broken_and_left(run(
+        capability_math=0.6, capability_facts=0.6, capability_instructions=0.6, over_refusal=0.3,
+        over_warning=0.0, sycophancy=0.3, jailbreak_static=0.6, safety_awareness=0.6), base)
+    (harm, of_harm), (left, of_left) = found
+    assert harm == pytest.approx(((0.3 + 0 + 0.3) / 3 + 0.3 + 0.0) / 3)
+    assert left == pytest.approx((0.3 + 0.6 + (1 - 0.6)) / 3)
+    assert of_harm == pytest.approx(0.1 * math.sqrt(3 / 81 + 2 / 9))
+    assert of_left == pytest.approx(0.1 * math.sqrt(3 / 9))
 
 
 def test_no_value_is_shown_outside_of_its_interval():

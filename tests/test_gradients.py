@@ -3,7 +3,8 @@
 The first half is the table of gradient identities, the traps included. p is the student's
 distribution over five tokens, q the teacher's. An update that is coded for the sampled token v
 has the expected gradient sum_v p_v grad(update_v); that p_v says where the sample comes from and
-is not differentiated.
+is not differentiated. Three rows, k1, k2 and k3 as losses, are of code that stands nowhere here:
+they show what it would do.
 """
 import copy
 from itertools import product
@@ -261,14 +262,37 @@ def test_the_steps_take_the_mean_over_responses_of_the_sum_over_tokens(models, s
             q = teacher(torch.tensor([clean[i] + y[:t]], device=device))[0, -1].log_softmax(-1)
             expected = expected + FORMULAS[step, loss](p, q, token) / 3
     assert abs(found.item() - expected.item()) < 1e-12 and values["tokens"] == mask.sum()
+    ends = [END in response[i, mask[i]].tolist() for i in range(3)]
+    assert values["cut"].tolist() == [not end for end in ends]
+    assert torch.allclose(gradients(student, found), gradients(student, expected), rtol=1e-9,
+                          atol=1e-12)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0])
+def test_the_sampled_step_charges_a_token_for_later_ones_discounted_by_gamma(models, gamma):
+    student, teacher = models
+    wrapped, clean = [WRAPPED, [3, 2], WRAPPED], [CLEAN, [3], CLEAN]
+    noise = torch.rand(3, 8, generator=torch.Generator().manual_seed(5))
+    config = ConsistencyConfig(loss="sampled", gamma=gamma, max_new_tokens=8)
+    found, _ = opct_step(student, teacher, Pairs(clean, wrapped, noise=noise), config)
+    response, mask = generate(student, wrapped, 8, noise=noise)
+    expected = 0.0
+    for i in range(3):
+        y = response[i:i + 1, :mask[i].sum()]
+        some = torch.ones_like(y, dtype=torch.bool)
+        p = pick(logp_of(student, wrapped[i:i + 1], y, some), y[0])
+        q = pick(logp_of(teacher, clean[i:i + 1], y, some), y[0])
+        for t in range(len(p)):
+            cost = sum(gamma ** (u - t) * (p - q)[u].item() for u in range(t, len(p)))
+            expected = expected + cost * p[t] / 3
+    assert mask.sum() > 6
     assert torch.allclose(gradients(student, found), gradients(student, expected), rtol=1e-9,
                           atol=1e-12)
 
 
 @pytest.mark.parametrize("loss", ["exact", "sampled"])
 def test_same_prompt_and_same_weights_leave_nothing_to_learn(models, loss):
-    """A dropout left on, a teacher that is not the run-start copy or rows that are out of line
-    would all show here."""
+    """A dropout left on, or rows that are out of line, would show here."""
     teacher = models[1]
     student = copy.deepcopy(teacher).requires_grad_(True)
     prompts = [WRAPPED, [3, 2], CLEAN]

@@ -325,13 +325,13 @@ def test_weights_that_are_no_numbers_are_never_saved(tmp_path):
             with torch.no_grad():
                 model.model.norm.weight.fill_(torch.nan)
 
-    def step_of(step):
+    def parts_of(step):
         loss = model(torch.tensor([[0, 1, 2]])).pow(2).mean()
         yield loss, {"tokens": torch.tensor(3)}
 
     config = PretrainConfig(out=str(tmp_path), steps=1)
     with pytest.raises(UserError, match="not finite"):
-        train(model, step_of, config, [Breaking(model.parameters())])
+        train(model, parts_of, config, [Breaking(model.parameters())])
     assert not (tmp_path / "model.safetensors").exists()
 
 
@@ -348,11 +348,13 @@ def test_two_at_once_and_a_lock_that_dies_with_its_process(home, tmp_path):
     out = tmp_path / "run"
     args = [*map(str, opct(home, out)), "--steps", "100000"]
     first = subprocess.Popen([sys.executable, *args], cwd=ROOT, stdout=subprocess.DEVNULL)
-    while not (out / "log.jsonl").exists() and first.poll() is None:
-        time.sleep(0.05)
-    refused(run_here(*args), "in use by another process")
-    os.kill(first.pid, signal.SIGKILL)
-    first.wait()
+    try:
+        while not (out / "log.jsonl").exists() and first.poll() is None:
+            time.sleep(0.05)
+        refused(run_here(*args), "in use by another process")
+    finally:
+        os.kill(first.pid, signal.SIGKILL)
+        first.wait()
     refused(run_here(*opct(home, out)), "holds a run with steps = 100000")     # so: not in use
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from helpers import logp_of, tiny_gpt
-from model import (ARCHITECTURES, CHECK_EVERY, PREFILL_ROWS, generate, load_checkpoint, rotate,
-                   sample, save_checkpoint)
+from model import (ARCHITECTURES, CHECK_EVERY, GPT, PREFILL_ROWS, GPTConfig, generate,
+                   load_checkpoint, rotate, sample, save_checkpoint)
 from opct import pick
 from support.common import UserError, pick_device
 from support.graph import DecodeGraph, latest
@@ -48,6 +48,41 @@ def seeded(seed):
 
 def as_lists(response, mask):
     return [row[keep].tolist() for row, keep in zip(response, mask)]
+
+
+# The last logits that transformers 5.24 gives for `formula_gpt` and 40 tokens.
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 32}
+THEIRS = {
+    "llama": [0.8979, 0.0414, -0.8811, -0.3992, 0.7191, 0.6911, -0.4385, -0.8691, 0.0856, 0.9039,
+              0.2814],
+    "llama 3": [1.1214, -0.1586, -1.1857, -0.3228, 1.0547, 0.751, -0.7497, -1.0554, 0.3212, 1.1858,
+                0.1603],
+    "qwen2": [0.6548, -0.3122, -0.7816, -0.0051, 0.7795, 0.3216, -0.6489, -0.5851, 0.4114, 0.7521,
+              -0.106],
+    "qwen3": [1.8256, -0.0125, -1.8307, -0.7307, 1.534, 1.3536, -0.9844, -1.7533, 0.2726, 1.8639,
+              0.4842]}
+
+
+def formula_gpt(kind):
+    """Its weights are sines, so that they can be made again anywhere."""
+    family, rope = ("llama", LLAMA3) if kind == "llama 3" else (kind, None)
+    model = GPT(GPTConfig(
+        model_type=family, vocab_size=11, hidden_size=16, intermediate_size=24,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        max_position_embeddings=64, rope_theta=500.0, rope_scaling=rope)).eval()
+    with torch.no_grad():
+        for i, (name, p) in enumerate(model.named_parameters()):
+            wave = torch.sin(torch.arange(p.numel()) * 0.7 + i).view(p.shape)
+            p.copy_(1 + wave / 2 if "norm" in name else wave / 2)
+    return model
+
+
+@pytest.mark.parametrize("kind", THEIRS)
+def test_the_logits_are_those_of_transformers_by_numbers_that_were_taken_once(kind):
+    """Beside transformers itself, where it is installed: test_checkpoints.py."""
+    logits = formula_gpt(kind)(torch.tensor([[i * 7 % 11 for i in range(40)]]))[0, -1]
+    assert (logits - torch.tensor(THEIRS[kind])).abs().max() < 2e-4
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -286,6 +321,12 @@ def test_the_pretraining_stream_is_packed_with_little_waste_and_loses_no_documen
         assert packed.tokens.shape == (24, 128)
         assert (packed.segments >= 0).mean() > 0.95
         assert min(packed.starts) >= 0
+
+
+def test_the_last_token_of_a_document_predicts_nothing_of_the_next():
+    packed = pack([([1, 2, 3], []), ([4, 5], [])], 8)
+    assert packed.tokens.tolist() == [[1, 2, 3, 4, 5, 0, 0, 0]]
+    assert packed.next_tokens().tolist() == [[2, 3, -1, 5, -1, -1, -1, -1]]
 
 
 def test_causality():

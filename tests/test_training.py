@@ -1,6 +1,5 @@
 """The training loop and the command lines: learning, killing and resuming, bad input."""
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -10,12 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
+import opct
 from helpers import run_here, tiny_gpt
 from model import load_checkpoint, save_checkpoint
 from opct import ConsistencyConfig, PretrainConfig, finish, learning_rate, train
 from support.muon import Muon
+from support.pairs import controlled, pairs_of_update, read_jsonl
 from support.runs import load_state, save_state, weights_hash
 from support.settings import with_defaults
+from support.tokenizer import chat, load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 TINY_WORLD = "--cities 12 --lands 4 --recipes 6 --things 12 --pairs 6 --tests 6".split()
@@ -54,6 +56,20 @@ def stage(home, name):
     return ["opct.py", *name.split(), *CONSISTENCY, "--base", home / "base",
             "--pairs", home / "world/train.jsonl"]
 
+
+# A command that kills itself when it has logged a step.
+KILLED = """
+import os, runpy, signal, sys
+from support import runs
+write = runs.Log.write
+def write_and_die(self, step, *more):
+    write(self, step, *more)
+    if step == {}:
+        os.kill(os.getpid(), signal.SIGKILL)
+runs.Log.write = write_and_die
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 # --- Learning ----------------------------------------------------------------------------------
 
@@ -195,19 +211,17 @@ def test_sft_on_responses_that_the_pairs_hold(home, tmp_path):
 
 @pytest.mark.parametrize("name", ["pretrain", "sft", "opct"])
 def test_a_killed_run_that_is_started_again_ends_bit_identical(home, name, tmp_path):
-    """kill -9 after the first saved state, then the same command again; on a CPU with the same
-    number of threads."""
+    """kill -9 a step behind the first saved state, then the same command again; on a CPU with the
+    same number of threads."""
     unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
     args = [*stage(home, name), "--device", "cpu", "--out"]
+    saved = int(args[args.index("--save-every") + 1])
     assert start(*args, unbroken).returncode == 0
-    process = subprocess.Popen(command(*args, killed), cwd=ROOT, stdout=subprocess.DEVNULL)
-    while not (killed / "state.safetensors").exists() and process.poll() is None:
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (killed / "model.safetensors").exists(), "it was to be killed before it was done"
+    done = start("-c", KILLED.format(saved), *args, killed)
+    assert done.returncode == -signal.SIGKILL and len(read_log(killed)) == saved + 1
+    assert (killed / "state.safetensors").exists() and not (killed / "model.safetensors").exists()
     again = start(*args, killed)
-    assert again.returncode == 0 and "going on from step" in again.stdout
+    assert again.returncode == 0 and f"going on from step {saved}" in again.stdout
     for file in ("model.safetensors", "config.json", "tiktoken.json", "run.json"):
         assert (unbroken / file).read_bytes() == (killed / file).read_bytes()
     logs = [read_log(folder) for folder in (unbroken, killed)]
@@ -268,6 +282,78 @@ def test_a_finished_run_says_so_and_does_nothing(home):
     done = run_here(*stage(home, "pretrain"), "--out", home / "base")
     assert done.returncode == 0 and "finished already" in done.stdout
     assert (home / "base/model.safetensors").stat().st_mtime_ns == before
+
+
+# --- What an update is shown ---------------------------------------------------------------------
+
+def prompts_of(home):
+    """(clean, wrapped) of every training pair, as token ids."""
+    tokenizer, records = load_tokenizer(home / "base"), read_jsonl(home / "world/train.jsonl")
+    return {tuple(tuple(chat(tokenizer, r[form])) for form in ("clean", "wrapped"))
+            for r in records}
+
+
+def as_tuples(pairs):
+    return list(zip(map(tuple, pairs.clean), map(tuple, pairs.wrapped)))
+
+
+def spied(monkeypatch, name):
+    """Every call of opct's function of that name: (arguments, what it returned)."""
+    calls, real = [], getattr(opct, name)
+
+    def spy(*args):
+        calls.append((args, real(*args)))
+        return calls[-1][1]
+
+    monkeypatch.setattr(opct, name, spy)
+    return calls
+
+
+def test_opct_shows_wrapped_prompts_to_the_student_and_clean_ones_to_the_teacher(home, tmp_path,
+                                                                                 monkeypatch):
+    """Other pairs and fresh noise at every update."""
+    steps = spied(monkeypatch, "opct_step")
+    assert run_here(*stage(home, "opct"), "--out", tmp_path / "run").returncode == 0
+    updates = [args[2] for args, _ in steps]
+    assert len(updates) == 6 and all(len(pairs.clean) == 8 for pairs in updates)
+    shown = [as_tuples(pairs) for pairs in updates]
+    assert set().union(*shown) <= prompts_of(home)
+    assert len({tuple(pairs) for pairs in shown}) == 6
+    assert len({tuple(pairs.noise.flatten().tolist()) for pairs in updates}) == 6
+
+
+def test_sft_trains_on_the_teachers_responses_to_the_clean_prompts(home, tmp_path, monkeypatch):
+    sampled, steps = spied(monkeypatch, "offline_responses"), spied(monkeypatch, "sft_step")
+    assert run_here(*stage(home, "sft"), "--out", tmp_path / "run").returncode == 0
+    ((teacher, clean, _), (response, mask)), = sampled
+    assert weights_hash(teacher) == weights_hash(load_checkpoint(home / "base"))
+    assert {tuple(prompt) for prompt in clean} == {pair[0] for pair in prompts_of(home)}
+    there = {(tuple(prompt), tuple(row.tolist()), tuple(kept.tolist()))
+             for prompt, row, kept in zip(clean, response, mask)}
+    for (_, _, pairs, _), _ in steps:
+        assert set(as_tuples(pairs)) <= prompts_of(home)
+        rows = zip(map(tuple, pairs.clean), pairs.response, pairs.mask)
+        assert {(c, tuple(y.tolist()), tuple(m.tolist())) for c, y, m in rows} <= there
+
+
+def test_an_epoch_takes_every_pair_once_with_all_its_responses_and_the_next_in_another_order():
+    config = ConsistencyConfig(batch=4, samples=3, seed=1)
+    rows = sum((pairs_of_update(step, 10, config) for step in range(5)), [])
+    pairs = [row // 3 for row in rows[::3]]
+    assert rows == [3 * pair + i for pair in pairs for i in range(3)]
+    assert sorted(pairs[:10]) == sorted(pairs[10:]) == list(range(10))
+    assert pairs[:10] != pairs[10:]
+
+
+def test_a_control_changes_the_prompts_that_it_names_and_no_others():
+    records = [{"clean": f"c{i}", "wrapped": f"w{i}"} for i in range(5)]
+    assert controlled(records, ConsistencyConfig()) == records
+    assert controlled(records, ConsistencyConfig(control="clean")) == [
+        {"clean": f"c{i}", "wrapped": f"c{i}"} for i in range(5)]
+    shuffled = controlled(records, ConsistencyConfig(control="shuffled"))
+    assert [r["wrapped"] for r in shuffled] == [f"w{i}" for i in range(5)]
+    assert sorted(r["clean"] for r in shuffled) == [f"c{i}" for i in range(5)]
+    assert all(r["clean"] != f"c{i}" for i, r in enumerate(shuffled))
 
 
 # --- Several processes -------------------------------------------------------------------------

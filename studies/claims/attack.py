@@ -106,10 +106,10 @@ def train_attacker(attacker, tokenizer, names, told, config):
     optimizer = torch.optim.AdamW(attacker.parameters(), betas=(0.9, 0.95), weight_decay=0.0,
                                   fused=True)
 
-    def step_of(step):
+    def parts_of(step):
         yield attack_step(attacker, start, tokenizer, names, told, config, step)
 
-    train(attacker, step_of, config, [optimizer])
+    train(attacker, parts_of, config, [optimizer])
     finish(attacker, config)
 
 

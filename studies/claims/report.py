@@ -148,7 +148,7 @@ def readme(study, words):
         text = filled(part, tables)
         if text != part and not re.fullmatch(r"\{\w+\}", part.strip()):
             indent = " " * len(re.match(r"- |\d\. |", part)[0])
-            text = textwrap.fill(text, WIDTH, subsequent_indent=indent,
+            text = textwrap.fill(" ".join(text.split()), WIDTH, subsequent_indent=indent,
                                  break_long_words=False, break_on_hyphens=False)
         parts[i] = text
     return "".join(parts)
@@ -219,4 +219,4 @@ def publish():
     write_text(FOLDER / "README.md", readme(study, (FOLDER / "words.md").read_text()))
     draw_all(study, FOLDER)
     path = FOLDER.parent.parent / "README.md"
-    write_text(path, fill(path.read_text(), "claims", f"\n{main_table(study)}\n"))
+    write_text(path, fill(path.read_text(), "claims", main_table(study)))

@@ -183,7 +183,7 @@ def train_on_pairs(out, model, tokenizer, forms, texts, method, preset, seed):
     config = ConsistencyConfig(out=str(out), loss=loss, steps=preset.steps, batch=preset.batch,
                                samples=preset.samples, lr=rate, seed=seed, save_every=10**6)
 
-    def step_of(step):
+    def parts_of(step):
         rows = pairs_of_update(step, len(texts) // config.samples, config)
         longest = mask[rows].sum(1).max()
         noise = torch.rand(len(rows), LONGEST, generator=generator(seed, "sampling", step))
@@ -191,7 +191,7 @@ def train_on_pairs(out, model, tokenizer, forms, texts, method, preset, seed):
                       response[rows, :longest], mask[rows, :longest], noise)
         yield step_method(student, teacher, pairs, config)
 
-    train(student, step_of, config, [torch.optim.AdamW(
+    train(student, parts_of, config, [torch.optim.AdamW(
         student.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)])
     shutil.rmtree(out)                                      # 60 models of each cell are not kept
     return student.eval()
