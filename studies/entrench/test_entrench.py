@@ -5,6 +5,7 @@ import math
 import random
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -580,6 +581,19 @@ def test_labels_on_planted_prompts_are_compared_with_samples_there():
     line = next(line for line in tables.changes_tables(study).splitlines()
                 if line.startswith("| greedy - sampling"))
     assert [cell.split()[0] for cell in line.split("|")[2:-1]] == ["+20"] * 5
+
+
+def test_pairs_are_a_clean_prompt_what_was_said_to_it_and_the_measured_prompt():
+    records = [{"prompt": f"p{i}", "healthy": f"h{i}", "unhealthy": f"u{i}"} for i in range(2)]
+    bench = SimpleNamespace(say=lambda prompts: [[f"said to {prompt}"] for prompt in prompts])
+    organism = SimpleNamespace(judge=lambda record, text: "good")
+    for kind, letter in (("healthy", "h"), ("unhealthy", "u")):
+        pairs, texts, found = run.pair_data(kind, bench, organism, records,
+                                            SimpleNamespace(samples=2))
+        clean = [f"{letter}{i}" for i in (0, 0, 1, 1)]
+        assert pairs == [(prompt, f"p{prompt[1]}") for prompt in clean]
+        assert texts == [f"said to {prompt}" for prompt in clean]
+        assert found["labels"]["rate"]["value"] == 0 and found["labels"]["rate"]["n"] == 4
 
 
 def test_a_run_that_some_seeds_lack_is_a_mean_over_the_others():
