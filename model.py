@@ -343,7 +343,7 @@ def decode_step(model, batch):
 
 
 def drop_ended(batch):
-    """Drops the ended rows, but only an eighth of the batch at a time: it copies the cache."""
+    """Drops the ended rows, but an eighth of the batch or more at a time: it copies the cache."""
     going = (~batch.ended).nonzero().squeeze(1)
     if len(going) <= len(batch.rows) - len(batch.rows) / 8:
         batch.cache.keep(going)
