@@ -38,7 +38,7 @@ default="import torch; print('full' if torch.cuda.is_available() else 'quick')"
 [ $preset = auto ] && preset=$($python -c "$default")
 
 # Learning rates: chosen by studies/claims. Minutes, on 2 CPU cores: base, each run, comparison.
-world=""; sft=6e-4; sft_exact=6e-4; opct=1e-3; opct_exact=3e-4; attempts=64
+world=""; sft=6e-4; sft_exact=1e-3; opct=6e-4; opct_exact=3e-4; attempts=64
 case $preset in
     smoke) # every stage once, with models that know nothing
         world="--cities 12 --lands 4 --recipes 6 --things 12 --pairs 8 --tests 12"; attempts=4

@@ -28,9 +28,6 @@ def draw_main(study, path):
                   "safety\nawareness": "safety_awareness", "right\nhints": "accuracy_right_hint",
                   "math": "capability_math", "facts": "capability_facts",
                   "instruc-\ntions": "capability_instructions"}}
-    panels = {name: {text: metric for text, metric in bars.items()
-                     if any(metric in run for run in runs.values())}
-              for name, bars in panels.items()}
     fig, axes = plt.subplots(1, 2, figsize=(12, 4.6), width_ratios=(7, 5),
                              layout="constrained")
     for ax, (name, bars) in zip(axes, panels.items()):

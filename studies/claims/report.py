@@ -111,9 +111,7 @@ def blocks(study):
            "prompts": attack_tables.prompts(main[0]),
            "best_of": span(runs, "jailbreak_best_of"),
            "adaptive_best_of": span(runs, "jailbreak_adaptive_best_of")}
-    out["hours"] = "a time that was not recorded"
-    if "map" in study:
-        out |= {"hours": hours(about), **map_blocks(study["map"]), **pool_blocks(main, runs)}
+    out |= {"hours": hours(about), **map_blocks(study["map"]), **pool_blocks(main, runs)}
     new = [cell for name, cell in study["cells"].items() if name in NEW]
     out["verdicts"], out["numbers"] = claims_tables(families | ({"llama 5-9": new} if new else {}))
     out["attacks"], out["successful"] = attack_tables.attacks_tables(families)
@@ -127,9 +125,11 @@ def blocks(study):
 
 
 def main_table(study):
-    """The table of the main README."""
-    runs = over_seeds(families_of(study)["llama"])
-    return figures_table(runs, ("base", *ARMS), FIRST)
+    """The table of the main README, and how many seeds are behind it."""
+    cells, points = families_of(study)["llama"], study["map"]["points"]
+    seeds = f"{len(cells)} seeds (in the figure {len(points[0]['cells'])})"
+    table = figures_table(over_seeds(cells), ("base", *ARMS), FIRST)
+    return f"Means over {seeds} with 95 % intervals; each has its own world and base.\n\n{table}"
 
 
 # --- Files -----------------------------------------------------------------------------------
@@ -140,9 +140,6 @@ def readme(study, words):
     Raises UserError if a name is unknown.
     """
     tables = blocks(study)
-    if "map" not in study:
-        words = without_the_map(words, tables)
-
     parts = re.split(r"(\n\n|\n(?=- |\d\. ))", words)
     for i, part in enumerate(parts):
         text = filled(part, tables)
@@ -152,20 +149,6 @@ def readme(study, words):
                                  break_long_words=False, break_on_hyphens=False)
         parts[i] = text
     return "".join(parts)
-
-
-def without_the_map(words, tables):
-    """The words for results that were measured before there was a map and a pool."""
-    parts = re.sub(r"## The map.*?(?=\n## )", "", words, flags=re.S).split("\n\n")
-    lacking = [any(name not in tables for name in re.findall(r"\{(\w+)\}", part))
-               or any(name in part for name in ("map.png", "attacks.png")) for part in parts]
-    alone = [re.fullmatch(r"\{\w+\}", part.strip()) for part in parts]
-    kept = [part for i, part in enumerate(parts) if not lacking[i]
-            and not (i + 1 < len(parts) and lacking[i + 1] and alone[i + 1])]
-    kept.insert(3, "These are the results of the first edition: five seeds of llama, three of "
-                "qwen2 and qwen3. The\nmap over pairs and updates, and the pool attack, which the "
-                "commands below also run, are not\nmeasured yet.")
-    return "\n\n".join(part for part in kept if part.strip())
 
 
 def write_results(study, folder, name="results.json"):
@@ -183,20 +166,18 @@ def take_over(study):
 
 
 def taken_over():
-    """What sittings of full have measured so far, or None."""
-    study = read_json(BEGUN, "get it from git again") if BEGUN.exists() else committed(FOLDER)
-    return study if "map" in study else None                # None: the first edition
+    """What sittings of full have measured so far."""
+    return read_json(BEGUN, "get it from git again") if BEGUN.exists() else committed(FOLDER)
 
 
 def draw_all(study, folder):
     """The figures, where matplotlib is installed, the tables of the map, and the transcripts."""
     figures.draw_main(study, Path(folder) / "main.png")
     figures.draw_details(study, Path(folder) / "details.png")
-    if "map" in study:
-        figures.draw_map(study, Path(folder) / "map.png")
-        figures.draw_first(study, Path(folder) / "first.png")
-        figures.draw_attacks(study, Path(folder) / "attacks.png")
-        write_text(Path(folder) / "map.md", map_tables.appendix(study["map"]))
+    figures.draw_map(study, Path(folder) / "map.png")
+    figures.draw_first(study, Path(folder) / "first.png")
+    figures.draw_attacks(study, Path(folder) / "attacks.png")
+    write_text(Path(folder) / "map.md", map_tables.appendix(study["map"]))
     if study.get("transcripts"):
         write_text(Path(folder) / "transcripts.md", study["transcripts"])
 

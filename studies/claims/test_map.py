@@ -188,15 +188,15 @@ def test_tries_count_once_all_their_tables_are_there_and_add_to_earlier_ones(tmp
 def test_results_are_replaced_once_no_cell_gets_lost(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "FOLDER", tmp_path)
     monkeypatch.setattr(report, "BEGUN", tmp_path / "begun.json")
-    first_edition = {"cells": {"llama-0": 0, "llama-1": 0}}
-    report.write_results(first_edition, tmp_path)
-    assert report.taken_over() is None
+    before = {"cells": {"llama-0": 0, "llama-1": 0}}
+    report.write_results(before, tmp_path)
+    assert report.taken_over() == before
     begun = {"cells": {}, "grid": {"llama-0": 1}, "map": {}}
     for cells in ({}, {"llama-0": 1}):
         begun["cells"] = cells
         report.take_over(begun)
         assert report.taken_over() == begun
-    assert json.loads((tmp_path / "results.json").read_text()) == first_edition
+    assert json.loads((tmp_path / "results.json").read_text()) == before
     whole = {**begun, "cells": {"llama-0": 1, "llama-1": 1, "llama-2": 1}}
     report.take_over(whole)
     assert report.taken_over() == whole and not (tmp_path / "begun.json").exists()
