@@ -3,9 +3,9 @@
     python -m studies.claims [smoke|quick|full]   runs it in out/study-claims-PRESET/, or goes on
     python -m studies.claims report               writes README.md and figures again, from
                                                   results.json, and the table of the main README
-    python -m studies.claims report FOLDER        first takes the whole seeds of FOLDER over
-    python -m studies.claims rest [SEEDS]         those seeds of full that are not taken over yet,
-                                                  or some of them, such as 5,6
+    python -m studies.claims report FOLDER        first takes over what FOLDER has measured
+    python -m studies.claims rest [SEEDS]         what is not taken over yet of full, or of some
+                                                  seeds, such as 5,6
     python -m studies.claims cell FAMILY SEED     one cell alone, to compare with results.json
 """
 from pathlib import Path

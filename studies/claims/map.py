@@ -70,6 +70,8 @@ def make_world(folder, preset, seed, point):
 def train(folder, preset, seed, point, arm, rate):
     at = f"{folder}/llama-{seed}/{world_of(preset, point)}"
     more = f"--pairs {at}/train.jsonl --steps {point.updates}"
+    if (point.flag, point.updates) == preset.own:
+        more = ""                                           # the very command of the study
     return consistency(folder, ("llama", seed), run_of(preset, point, arm, rate), arm, rate,
                        preset, more)
 
@@ -100,20 +102,31 @@ def grid_stages(folder, preset):
 
 
 def stages(folder, preset, rates, second):
-    """All points: worlds with fewer pairs, the runs and what is measured on them. rates, second:
-    the learning rates of the first and of the second reading."""
-    worlds, runs, tables = [], [], []
-    points = [*first_reading(preset, rates), *second_reading(preset, second)]
-    for seed in preset.map_seeds:
-        for point in points:
+    """All points: worlds with fewer pairs, then point after point its runs, beside them what is
+    measured at the point before. Runs that the preset's cells have anyway are left to them.
+
+    rates, second: the learning rates of the first and of the second reading.
+    """
+    worlds, stages, tables = [], [], []
+    for point in (*first_reading(preset, rates), *second_reading(preset, second)):
+        stages.append(tables)
+        tables = [measure(folder, preset, seed, point) for seed in preset.map_seeds]
+        for seed in preset.map_seeds:
             if world_of(preset, point) != "world":
                 worlds.append(make_world(folder, preset, seed, point))
-            runs += [train(folder, preset, seed, point, arm, point.rates[arm]) for arm in ARMS
-                     if run_of(preset, point, arm, point.rates[arm]) != arm]
-            tables.append(measure(folder, preset, seed, point))
-    return [once(worlds), once(runs), tables]
+            if (point.flag, point.updates) != preset.own or seed not in preset.seeds:
+                stages[-1] = stages[-1] + [train(folder, preset, seed, point, arm,
+                                                 point.rates[arm]) for arm in ARMS]
+    return once([worlds, *stages, tables])
 
 
-def once(commands):
-    """The commands without repetitions: points share worlds, and the two readings some runs."""
-    return list({name: (seconds, name, argv) for seconds, name, argv in commands}.values())
+def once(stages):
+    """The stages without repetitions: points share worlds, and the two readings some runs."""
+    seen, out = set(), []
+    for stage in stages:
+        out.append([])
+        for command in stage:
+            if command[1] not in seen:
+                out[-1].append(command)
+                seen.add(command[1])
+    return out

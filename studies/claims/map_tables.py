@@ -40,6 +40,12 @@ def by_passes(the_map, second=False):
                   key=lambda point: point["passes"])
 
 
+def seeds_of(the_map):
+    """How many seeds its points have: "5", or "3 to 5" if that differs."""
+    numbers = sorted({len(point["cells"]) for point in the_map["points"]})
+    return " to ".join(map(str, dict.fromkeys((numbers[0], numbers[-1]))))
+
+
 def in_order(the_map):
     """All points: those of the first reading, then those of the second."""
     return by_passes(the_map) + by_passes(the_map, second=True)

@@ -24,8 +24,8 @@ from data import judge, load_world
 from eval import check_world, evaluate, respond
 from model import load_checkpoint
 from opct import ConsistencyConfig, Pairs, offline_responses, reverse_kl, score
-from support.common import (Parser, UserError, add_number, guarded, pick_device, read_json, rng,
-                            show, write_json)
+from support.common import (Parser, UserError, about, add_number, guarded, pick_device,
+                            read_json, rng, show, write_json)
 from support.pairs import read_jsonl
 from support.statistics import rate
 from support.tokenizer import chat_all, load_tokenizer
@@ -153,7 +153,7 @@ def measure(args):
                        for metric, figure in figures.items()}
         show(f"  {folder}: memorised {figures['memorised']['value']:.3f} nats a token, good "
              + ", ".join(f"{kind} {figures[f'good_{kind}']['value']:.2f}" for kind in variants))
-    write_json(args.out, {"runs": found})
+    write_json(args.out, {"about": about(device), "runs": found})
 
 
 def main():

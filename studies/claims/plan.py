@@ -7,7 +7,7 @@ A *cell* is one base model, a family and a seed such as llama-0, and everything 
 4. Every cell: the four arms, the controls (llama only), three attackers a target, the pool of
    their prompts against every target, compare.
 5. The map (map.py): other numbers of pairs and updates, on some of the seeds.
-The grid goes seed after seed, and so do steps 4 and 5: a sitting ends with whole seeds.
+The grid goes seed after seed, and so do steps 4 and 5: a sitting ends with whole cells and points.
 """
 import sys
 from dataclasses import dataclass, field, replace
@@ -76,19 +76,17 @@ def grid_of(preset, seed):
     return replace(preset, seeds=(seed,), grid_seeds=(seed,), more_seeds=(), map_seeds=())
 
 
-def part_of(preset, seeds):
-    """The part of a study that is about these seeds, when the learning rates are chosen."""
-    return replace(preset, seeds=seeds, grid_seeds=(),
-                   more_seeds=tuple(seed for seed in preset.more_seeds if seed in seeds),
-                   map_seeds=tuple(seed for seed in preset.map_seeds if seed in seeds))
-
-
 def cells_of(preset):
     """(family, seed) of every cell."""
     cells = [("llama", seed) for seed in preset.seeds]
     for family in preset.others:
         cells += [(family, seed) for seed in preset.more_seeds]
     return cells
+
+
+def bases_of(preset):
+    """(family, seed) of every base model: the cells' and the map's, which are mostly the same."""
+    return list(dict.fromkeys(cells_of(preset) + [("llama", seed) for seed in preset.map_seeds]))
 
 
 # --- Commands: (seconds of a core that it takes about, name, argv) ----------------------------
@@ -125,7 +123,7 @@ def compare(folder, cell, out, names, split, preset, attempts=1):
 def first_stages(folder, preset):
     """Worlds, base models and the grid of learning rates."""
     worlds, bases, runs, tables = [], [], [], []
-    for family, seed in cells_of(preset):
+    for family, seed in bases_of(preset):
         at = f"{family}-{seed}"
         worlds.append(python(preset.cost["world"], f"{at}/world", f"data.py --out "
                              f"{folder}/{at}/world --seed {seed} {preset.world}"))

@@ -61,7 +61,7 @@ def map_blocks(the_map):
     """What words.md says of the map: name -> Markdown."""
     means, differences = map_tables.MEANS, map_tables.DIFFERENCES
     rates = choose(the_map["grid"])[0]
-    return {"map_seeds": str(len(the_map["points"][0]["cells"])),
+    return {"map_seeds": map_tables.seeds_of(the_map),
             "map_breaks": map_tables.breaks(the_map),
             "map_verdicts": map_tables.verdicts(the_map),
             "map_memorised": map_tables.by_point(the_map, "memorised", means),
@@ -90,7 +90,8 @@ def hours(about):
     """What the study cost, measured."""
     total = Counter()
     for kinds in about["core_hours"].values():
-        total.update(kinds)
+        for kind, value in kinds.items():
+            total[kind.split(" at ")[0]] += value
     each = ", ".join(f"{kind} {value:.1f}" for kind, value in total.items())
     return f"{total.total():.1f} hours of a core ({each})"
 
@@ -126,8 +127,8 @@ def blocks(study):
 
 def main_table(study):
     """The table of the main README, and how many seeds are behind it."""
-    cells, points = families_of(study)["llama"], study["map"]["points"]
-    seeds = f"{len(cells)} seeds (in the figure {len(points[0]['cells'])})"
+    cells = families_of(study)["llama"]
+    seeds = f"{len(cells)} seeds (in the figure {map_tables.seeds_of(study['map'])})"
     table = figures_table(over_seeds(cells), ("base", *ARMS), FIRST)
     return f"Means over {seeds} with 95 % intervals; each has its own world and base.\n\n{table}"
 

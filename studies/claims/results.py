@@ -1,12 +1,13 @@
 """What the commands of the study have written, put together as results.json."""
 import json
+import re
 from pathlib import Path
 from statistics import mean
 
 from model import load_checkpoint
 from studies.claims.attack import attacks_on, rounded, same_means, strongest
 from studies.claims.map import file_of, first_reading, second_reading
-from studies.claims.plan import LEARNT, PRESETS, cells_of, choose, part_of, value_of
+from studies.claims.plan import LEARNT, PRESETS, cells_of, choose, value_of
 from studies.claims.pool_attack import most_told
 from studies.study import joined
 from support.common import UserError, read_json, read_text
@@ -102,23 +103,26 @@ def with_sums(runs):
     return runs
 
 
-def collect_points(folder, preset, points, seeds):
+def collect_points(folder, preset, rates, second):
     """What was measured at each point of the map: its cells, llama-0 and so on, and their runs.
+    rates, second: those of its two readings.
 
-    `passes`: how often an offline run goes over each of its responses. Seeds of an earlier sitting
-    may lack a point that the plan has got since.
+    `passes`: how often an offline run goes over each of its responses. Also returns where the
+    points were measured.
     """
-    found, batch = [], value_of("--batch", preset.runs.split())
-    for point in points:
+    found, origins, batch = [], [], value_of("--batch", preset.runs.split())
+    for point in (*first_reading(preset, rates), *second_reading(preset, second)):
         cells = {}
-        for seed in seeds:
+        for seed in preset.map_seeds:
             path = Path(folder) / f"llama-{seed}" / file_of(point)
             if path.exists():
-                cells[f"llama-{seed}"] = {"runs": with_sums(read(path)["runs"])}
+                measured = read(path)
+                cells[f"llama-{seed}"] = {"runs": with_sums(measured["runs"])}
+                origins.append(measured["about"])
         found.append({"pairs": point.pairs, "updates": point.updates, "second": point.second,
                       "passes": batch * point.updates / point.pairs, "rates": point.rates,
                       "cells": cells})
-    return found
+    return found, origins
 
 
 def core_hours(folder):
@@ -134,10 +138,11 @@ def core_hours(folder):
 
 
 def kind_of(name):
-    """What a command of the plan is for: llama-0/map/12x60/sft@6e-4 is for the map."""
+    """What a command of the plan is for: llama-0/map/12x60/sft@6e-4 is for the "map at 12x60"."""
     name = name.split("/", 1)[1]
     if name.startswith(("map/", "measure-")) or "map/grid" in name:
-        return "map"
+        point = re.search(r"\d+x\d+", name)
+        return f"map at {point[0]}" if point else "map"
     if "grid/" in name:
         return "learning rates"
     if "attacker" in name or name == "pool":
@@ -145,49 +150,38 @@ def kind_of(name):
     return "worlds and base models" if name in ("world", "base") else "runs and their tables"
 
 
-def whole_seeds(folder, preset, points):
-    """The seeds of which everything is there but for points of the second reading that the plan has
-    got since. points: of the map."""
-    seeds = []
-    points = [point for point in points if (point.flag, point.updates) == preset.map_second
-              or not point.second]
-    for seed in preset.seeds:
-        part = part_of(preset, (seed,))
-        cells = [Path(folder) / f"{family}-{number}" for family, number in cells_of(part)]
-        files = [cell / file for cell in cells for file in ("results.json", "pool.json")]
-        files += [cells[0] / file_of(point) for point in points if part.map_seeds]
-        # A pool is written down before it is tried: its matrix comes at the end.
-        if (all(file.exists() for file in files)
-                and all("matrix" in read(cell / "pool.json") for cell in cells)):
-            seeds.append(seed)
-    return tuple(seeds)
+def whole_cells(folder, preset):
+    """Name -> path of the results of each cell that is measured. A pool is written down before it
+    is tried: its matrix comes at the end."""
+    cells = {}
+    for family, seed in cells_of(preset):
+        cell = Path(folder) / f"{family}-{seed}"
+        pool = cell / "pool.json"
+        if (cell / "results.json").exists() and pool.exists() and "matrix" in read(pool):
+            cells[cell.name] = cell / "results.json"
+    return cells
 
 
 def collect(folder, before=None):
-    """Everything measured on whole seeds: {"cells", "grid", "map", "about"}; after a first sitting
-    there may be no cells yet. before: the results of earlier sittings, which are added."""
+    """Everything measured: {"cells", "grid", "map", "about"}; after a first sitting there may be no
+    cells yet. before: the results of earlier sittings, which are added."""
     name = Path(folder).name.removeprefix("study-claims-")
     if name not in PRESETS:
         raise UserError(f"{folder}: not the name of a folder of this study, "
                         "out/study-claims-PRESET")
     preset = PRESETS[name]
     grid, second, origins = collect_tries(folder, before)
-    points, seeds = [], ()
+    points, cells = [], {}
     if grid and second:
-        points = [*first_reading(preset, choose(grid)[0]),
-                  *second_reading(preset, choose(second)[0])]
-        seeds = whole_seeds(folder, preset, points)
-    part = part_of(preset, seeds)
-    cells = {f"{family}-{seed}": collect_cell(Path(folder) / f"{family}-{seed}/results.json")
-             for family, seed in cells_of(part)}
-    origins += [cell["about"] for cell in cells.values()]
+        points, of_points = collect_points(folder, preset, choose(grid)[0], choose(second)[0])
+        cells = {cell: collect_cell(path) for cell, path in whole_cells(folder, preset).items()}
+        origins += [cell["about"] for cell in cells.values()] + of_points
     if not origins:
-        raise UserError(f"{folder} holds no whole seed: run `bash train.sh study claims {name}`")
+        raise UserError(f"{folder} holds nothing measured: run `bash train.sh study claims {name}`")
     about = {**origin_of(origins), "command": f"bash train.sh study claims {name}",
              "core_hours": core_hours(folder)}
-    found = collect_points(folder, preset, points, part.map_seeds)
-    study = {"cells": cells, "grid": grid, "map": {"grid": second, "points": found},
-             "about": about, "transcripts": transcripts_of(folder) if 0 in seeds else None}
+    study = {"cells": cells, "grid": grid, "map": {"grid": second, "points": points},
+             "about": about, "transcripts": transcripts_of(folder) if "llama-0" in cells else None}
     study = with_earlier(study, before) if before else study
     study["map"]["points"] = [point for point in study["map"]["points"] if point["cells"]]
     return study

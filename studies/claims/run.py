@@ -1,6 +1,7 @@
 """Carries the plan out: runs what has not been run, and chooses the learning rates in between."""
 import json
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 
 from studies import pool
@@ -34,23 +35,33 @@ def grid_stages(folder, preset, found=NOTHING):
     return stages
 
 
-def seed_stages(folder, preset, seeds, rates, second, together=1):
-    """Everything on these seeds with the chosen learning rates, so many of them at a time."""
+def seed_stages(folder, parts, rates, second, together=1):
+    """Everything in these parts with the chosen learning rates, so many parts at a time."""
     stages = []
-    for at in range(0, len(seeds), together):
-        part = plan.part_of(preset, tuple(seeds[at:at + together]))
-        stages += [*plan.first_stages(folder, part), *plan.second_stages(folder, part, rates),
-                   *the_map.stages(folder, part, rates, second)]
+    for at in range(0, len(parts), together):
+        each = [[*plan.first_stages(folder, part), *plan.second_stages(folder, part, rates),
+                 *the_map.stages(folder, part, rates, second)] for part in parts[at:at + together]]
+        stages += [sum(beside, []) for beside in zip_longest(*each, fillvalue=[])]
     return [stage for stage in stages if stage]
 
 
-def lacks(found, preset, seed):
-    """Whether something of this seed is not among these results."""
-    name, wanted = f"llama-{seed}", []
-    if seed in preset.map_seeds:
-        wanted = [*the_map.first_reading(preset, {}), *the_map.second_reading(preset, {})]
-    there = [place_of(point) for point in found["map"].get("points", ()) if name in point["cells"]]
-    return name not in found["cells"] or any(point.place not in there for point in wanted)
+def left_of(preset, seed, found=NOTHING):
+    """The part of a study that is about this seed and not among the results that are found. Its
+    learning rates are chosen already."""
+    name, points = f"llama-{seed}", found["map"].get("points", ())
+    there = {place_of(point) for point in points if name in point["cells"]}
+    first, again = ([(point.flag, point.updates) for point in reading if point.place not in there]
+                    for reading in (the_map.first_reading(preset, {}),
+                                    the_map.second_reading(preset, {})))
+    others = [family for family in preset.others if f"{family}-{seed}" not in found["cells"]]
+    return replace(preset, seeds=() if name in found["cells"] else (seed,), grid_seeds=(),
+                   others=tuple(others), more_seeds=seed_in(preset.more_seeds, seed),
+                   map_seeds=seed_in(preset.map_seeds, seed) if first or again else (),
+                   map_points=tuple(first), map_again=tuple(again))
+
+
+def seed_in(seeds, seed):
+    return (seed,) if seed in seeds else ()
 
 
 def run(name, before=None, only=None):
@@ -60,17 +71,17 @@ def run(name, before=None, only=None):
     """
     preset, folder, at_once = plan.PRESETS[name], f"out/study-claims-{name}", pool.places()
     found = before or NOTHING
-    seeds = [seed for seed in only or preset.seeds if lacks(found, preset, seed)]
+    parts = [left_of(preset, seed, found) for seed in only or preset.seeds]
     first = grid_stages(folder, preset, found)
     guess = dict.fromkeys(ARMS, preset.rates[-1])      # not chosen yet
-    later = pool.seconds_of(seed_stages(folder, preset, seeds, guess, guess))
+    later = pool.seconds_of(seed_stages(folder, parts, guess, guess))
     show(f"== the study claims: {at_once} commands at a time, in {folder}/; a line for each; in "
          f"all about {(pool.seconds_of(first) + later) / 3600:.1f} hours of a core")
     pool.run_stages(first, at_once, folder, later)
     grid, grid_of_map, _ = collect_tries(folder, before)
     rates = chosen(grid, "at the pairs and updates of the cells")
     second = chosen(grid_of_map, "at the map's second reading")
-    stages = seed_stages(folder, preset, seeds, rates, second, max(1, at_once // 4))
+    stages = seed_stages(folder, parts, rates, second, max(1, at_once // 4))
     pool.run_stages(stages, at_once, folder)
     return folder
 
@@ -78,7 +89,7 @@ def run(name, before=None, only=None):
 def run_cell(family, seed, name):
     """Everything on one base model, with the learning rates that the committed study chose."""
     rates, _ = plan.choose(read(Path(__file__).parent / "results.json")["grid"])
-    preset = replace(plan.PRESETS[name], seeds=(), more_seeds=(), grid_seeds=())
+    preset = replace(plan.PRESETS[name], seeds=(), more_seeds=(), grid_seeds=(), map_seeds=())
     if family == "llama":
         preset = replace(preset, seeds=(seed,))
     else:

@@ -14,11 +14,11 @@ from model import GPT, GPTConfig
 from opct import ConsistencyConfig, Pairs, cross_entropy, reverse_kl, score
 from studies import pool
 from studies.claims import map as the_map
-from studies.claims import map_tables, memory, report, run
+from studies.claims import map_tables, memory, report, results, run
 from studies.claims.__main__ import seeds_of
 from studies.claims.memory import GOOD, memorised, responses_of, token_logp, variations
 from studies.claims.plan import PRESETS, cells_of, value_of
-from studies.claims.results import (NOTHING, collect_tries, core_hours, whole_seeds,
+from studies.claims.results import (NOTHING, collect_tries, core_hours, place_of, whole_cells,
                                     with_earlier, with_sums)
 from studies.study import ARMS
 from support.common import UserError, write_text
@@ -66,12 +66,12 @@ def test_the_point_of_the_cells_is_on_the_map():
 
 def test_the_map_trains_nothing_that_the_study_has_trained():
     preset = replace(PRESETS["full"], map_seeds=(0,), grid_seeds=(0,), map_rates=("1e-3", "3e-4"))
-    worlds, runs, tables = the_map.stages("out", preset, RATES, dict.fromkeys(ARMS, "3e-4"))
+    worlds, *later = the_map.stages("out", preset, RATES, dict.fromkeys(ARMS, "3e-4"))
+    assert [name for _, name, _ in worlds] == ["llama-0/map/world-12"]
+    runs, measured = runs_and_tables(later)
     names = [name for _, name, _ in runs]
     assert len(names) == len(set(names)) == 5 * 4 + 2 * 4       # five points, two read again
     assert not any("108x60" in name for name in names)
-    assert [name for _, name, _ in worlds] == ["llama-0/map/world-12"]
-    measured = {name: shlex.join(argv) for _, name, argv in tables}
     assert "out/llama-0/opct-exact " in measured["llama-0/measure-108x60"]
     assert "--world out/llama-0/world " in measured["llama-0/measure-108x60"]
     assert "--world out/llama-0/map/world-12 " in measured["llama-0/measure-12x60"]
@@ -81,8 +81,28 @@ def test_the_map_trains_nothing_that_the_study_has_trained():
     assert len(second) == 8 and all(shlex.join(argv) in before for argv in second)
 
 
+def runs_and_tables(stages):
+    """All runs, and name -> command of what is measured."""
+    commands = [command for stage in stages for command in stage]
+    tables = {name: shlex.join(argv) for _, name, argv in commands if "measure" in name}
+    return [command for command in commands if command[1] not in tables], tables
+
+
+def test_a_point_is_measured_beside_the_runs_of_the_next_one():
+    preset = replace(PRESETS["full"], map_seeds=(0, 3), map_again=((24, 480),))
+    _, *later = the_map.stages("out", preset, RATES, dict.fromkeys(ARMS, "3e-4"))
+    assert len(later) == 7 + 1
+    for i, stage in enumerate(later):
+        measured = [name for _, name, _ in stage if "measure" in name]
+        assert len(measured) == (2 if i else 0)
+    trained = [[name for _, name, _ in stage if "measure" not in name] for stage in later]
+    assert trained[1][0] == "llama-0/map/12x240/sft@1e-3" and "12x60" in later[1][0][1]
+    assert trained[1][4] == "llama-3/map/12x240/sft@1e-3"
+    assert trained[6][-1] == "llama-3/map/108x480/opct-exact@3e-4" and not trained[7]
+
+
 def test_a_run_of_the_map_has_its_pairs_and_its_updates():
-    _, runs, _ = the_map.stages("out", PRESETS["full"], RATES, RATES)
+    runs, _ = runs_and_tables(the_map.stages("out", PRESETS["full"], RATES, RATES))
     argv = next(argv for _, name, argv in runs if name == "llama-0/map/12x480/sft@1e-3")
     last = dict(zip(argv, argv[1:]))                        # of a flag given twice the last counts
     assert last["--pairs"] == "out/llama-0/map/world-12/train.jsonl" and last["--steps"] == "480"
@@ -92,15 +112,19 @@ def test_the_estimates_of_full_fit_into_six_and_a_half_hours_on_two_cores():
     """Even if the second reading shares no run with the first."""
     preset, other = PRESETS["full"], dict.fromkeys(ARMS, "3e-4")
     stages = run.grid_stages("out", preset)
-    stages += run.seed_stages("out", preset, preset.seeds, RATES, other)
+    stages += run.seed_stages("out", parts_of(preset), RATES, other)
     assert pool.seconds_of(stages) < 6.5 * 2 * 3600
+
+
+def parts_of(preset, found=NOTHING):
+    return [run.left_of(preset, seed, found) for seed in preset.seeds]
 
 
 def test_the_seeds_are_done_one_by_one_and_all_of_them():
     """A part is what the whole plan has on its seed, without the grids."""
     preset = PRESETS["full"]
-    stages = run.seed_stages("out", preset, preset.seeds, RATES, RATES)
-    parts = [run.seed_stages("out", preset, [seed], RATES, RATES) for seed in preset.seeds]
+    stages = run.seed_stages("out", parts_of(preset), RATES, RATES)
+    parts = [run.seed_stages("out", [part], RATES, RATES) for part in parts_of(preset)]
     assert stages == [stage for part in parts for stage in part]
     names = {name for stage in stages for _, name, _ in stage}
     for family, seed in cells_of(preset):
@@ -109,7 +133,7 @@ def test_the_seeds_are_done_one_by_one_and_all_of_them():
     assert not any("/grid" in name for name in names)
     first = {name.split("/")[0] for stage in parts[0] for _, name, _ in stage}
     assert first == {f"{family}-0" for family in ("llama", "qwen2", "qwen3")}
-    many = run.seed_stages("out", preset, preset.seeds, RATES, RATES, 4)    # with more cores
+    many = run.seed_stages("out", parts_of(preset), RATES, RATES, 4)        # with more cores
     assert {name for stage in many for _, name, _ in stage} == names
     assert [f"llama-{seed}/base" in {name for _, name, _ in many[1]} for seed in (0, 3, 4)] == [
         True, True, False]
@@ -159,7 +183,8 @@ def test_a_later_sitting_adds_its_seeds_to_the_earlier_ones():
     assert study["about"]["commit"] == "a and b"
     hours = {"llama-0": {"map": 2.0}, "llama-2": {"grid": 1.0, "map": 1.5}}     # done twice: once
     assert study["about"]["core_hours"] == hours
-    assert report.hours(study["about"]) == "4.5 hours of a core (grid 1.0, map 3.5)"
+    study["about"]["core_hours"]["llama-0"]["map at 12x60"] = 0.5       # its points are one kind
+    assert report.hours(study["about"]) == "5.0 hours of a core (grid 1.0, map 4.0)"
 
 
 def tables_of(folder, cell, splits):
@@ -202,31 +227,61 @@ def test_results_are_replaced_once_no_cell_gets_lost(tmp_path, monkeypatch):
     assert report.taken_over() == whole and not (tmp_path / "begun.json").exists()
 
 
-def test_seeds_measured_before_the_plan_had_a_point_get_it(tmp_path):
-    """They are whole without it, and a sitting that goes on measures it."""
-    preset = replace(PRESETS["full"], seeds=(0, 7), more_seeds=())
+def test_what_is_found_is_not_measured_again():
+    """Cell by cell and point by point. A point of the map brings its base model, and the runs of a
+    cell that is found are trained for it where they are not there."""
+    preset = replace(PRESETS["full"], seeds=(1, 7), more_seeds=(1,))
     points = [*the_map.first_reading(preset, RATES), *the_map.second_reading(preset, RATES)]
-    found = {"cells": {"llama-0": {}, "llama-7": {}}, "map": {"points": [
-        {"pairs": p.pairs, "updates": p.updates, "second": p.second, "cells": {"llama-0": {}}}
+    found = {"cells": dict.fromkeys(("llama-1", "qwen2-1", "qwen3-1"), {}), "map": {"points": [
+        {"pairs": p.pairs, "updates": p.updates, "second": p.second, "cells": {"llama-1": {}}}
         for p in points]}}
-    assert not run.lacks(found, preset, 0) and not run.lacks(found, preset, 7)
+
+    def left():
+        stages = run.seed_stages("out", parts_of(preset, found), RATES, RATES)
+        return [name for stage in stages for _, name, _ in stage]
+
+    every = left()
+    assert len(every) > 20 and all(name.startswith("llama-7/") for name in every)
+    found["cells"]["llama-7"] = {}
+    assert left() == []
+    del found["cells"]["qwen3-1"]
+    assert {name.split("/")[0] for name in left()} == {"qwen3-1"}
+    found["cells"]["qwen3-1"] = {}
     late = found["map"]["points"].pop()
     assert (late["pairs"], late["updates"], late["second"]) == (108, 480, True)
-    assert run.lacks(found, preset, 0) and not run.lacks(found, preset, 7)
-    assert run.lacks(NOTHING, preset, 7)
-    for name in ("results.json", "pool.json"):
-        write_text(tmp_path / "llama-0" / name, '{"matrix": {}}')
-    for i, point in enumerate(points):
-        assert whole_seeds(tmp_path, preset, points) == ((0,) if i == len(points) - 1 else ())
-        write_text(tmp_path / "llama-0" / the_map.file_of(point), "{}")
+    assert left() == ["llama-1/world", "llama-1/base",
+                      *(f"llama-1/map/108x480/{arm}@1e-3" for arm in ARMS),
+                      "llama-1/measure-108x480-second"]
+    own = found["map"]["points"].pop(3)
+    assert (own["pairs"], own["updates"]) == (108, 60)
+    assert left()[:7] == ["llama-1/world", "llama-1/base", *(f"llama-1/{arm}" for arm in ARMS),
+                          "llama-1/measure-108x60"]
+    trained = run.seed_stages("out", parts_of(preset, found), RATES, RATES)[2]
+    everything = run.seed_stages("out", parts_of(preset), RATES, RATES)
+    assert trained[:4] == [command for stage in everything for command in stage
+                           if command[1] in [f"llama-1/{arm}" for arm in ARMS]]
 
 
-def test_a_pool_that_has_not_been_tried_yet_makes_no_whole_seed(tmp_path):
-    preset = replace(PRESETS["full"], seeds=(7,))
-    write_text(tmp_path / "llama-7/results.json", "{}")
-    for pool_file, whole in (({"pool": []}, ()), ({"pool": [], "matrix": {}}, (7,))):
+def test_a_cell_counts_once_its_pool_has_been_tried(tmp_path):
+    preset = replace(PRESETS["full"], seeds=(7,), more_seeds=())
+    path = tmp_path / "llama-7/results.json"
+    write_text(path, "{}")
+    assert whole_cells(tmp_path, preset) == {}
+    for pool_file, whole in (({"pool": []}, {}),
+                             ({"pool": [], "matrix": {}}, {"llama-7": path})):
         write_text(tmp_path / "llama-7/pool.json", json.dumps(pool_file))
-        assert whole_seeds(tmp_path, preset, []) == whole
+        assert whole_cells(tmp_path, preset) == whole
+
+
+def test_a_point_counts_for_the_seeds_that_have_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "with_sums", dict)
+    preset, name = replace(PRESETS["full"], map_seeds=(0, 3)), "map/12x240-second.json"
+    runs = {"base": {"x": 1}}
+    write_text(tmp_path / "llama-3" / name, json.dumps({"about": {"date": "d"}, "runs": runs}))
+    points, origins = results.collect_points(tmp_path, preset, RATES, RATES)
+    assert origins == [{"date": "d"}]
+    assert [place_of(point) for point in points if point["cells"]] == [(12, 240, True)]
+    assert points[6]["cells"] == {"llama-3": {"runs": runs}} and points[6]["passes"] == 640
 
 
 # --- A killed map goes on ----------------------------------------------------------------------
@@ -244,7 +299,8 @@ def test_a_map_that_was_stopped_goes_on_and_repeats_nothing(tmp_path, monkeypatc
     write = f"open({str(starts)!r}, 'a').write"
     fails = (f"import os, sys; {write}('b\\n'); there = os.path.exists({str(flag)!r}); "
              f"open({str(flag)!r}, 'w'); sys.exit(0 if there else 9)")
-    commands = [command("llama-0/map/a", f"{write}('a\\n')"), command("llama-0/map/b", fails),
+    commands = [command("llama-0/map/3x4/a", f"{write}('a\\n')"),
+                command("llama-0/map/b", fails),
                 command("llama-0/world", f"{write}('c\\n')")]
     with pytest.raises(UserError, match="map/b"):
         pool.run(commands, 1, tmp_path)
@@ -254,9 +310,10 @@ def test_a_map_that_was_stopped_goes_on_and_repeats_nothing(tmp_path, monkeypatc
     pool.run(commands, 1, tmp_path)
     assert starts.read_text() == "a\nb\nb\nc\n"
     lines = [json.loads(line) for line in (tmp_path / "seconds.jsonl").read_text().splitlines()]
-    assert [line["name"][8:] for line in lines] == ["map/a", "map/b", "map/b", "world"]
+    assert [line["name"][8:] for line in lines] == ["map/3x4/a", "map/b", "map/b", "world"]
     assert all(line["seconds"] == 36 for line in lines)
-    assert core_hours(tmp_path) == {"llama-0": {"map": 0.03, "worlds and base models": 0.01}}
+    assert core_hours(tmp_path) == {
+        "llama-0": {"map at 3x4": 0.01, "map": 0.02, "worlds and base models": 0.01}}
 
 
 # --- What a run has memorised ------------------------------------------------------------------
