@@ -7,7 +7,8 @@ A *cell* is one base model, a family and a seed such as llama-0, and everything 
 4. Every cell: the four arms, the controls (llama only), three attackers a target, the pool of
    their prompts against every target, compare.
 5. The map (map.py): other numbers of pairs and updates, on some of the seeds.
-The grid goes seed after seed, and so do steps 4 and 5: a sitting ends with whole cells and points.
+The grid goes seed after seed, and steps 4 and 5 take as many seeds at a time as there are cores:
+so a sitting ends with whole cells and points.
 """
 import sys
 from dataclasses import dataclass, field, replace

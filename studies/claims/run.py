@@ -72,6 +72,7 @@ def run(name, before=None, only=None):
     preset, folder, at_once = plan.PRESETS[name], f"out/study-claims-{name}", pool.places()
     found = before or NOTHING
     parts = [left_of(preset, seed, found) for seed in only or preset.seeds]
+    parts = [part for part in parts if plan.bases_of(part)]
     first = grid_stages(folder, preset, found)
     guess = dict.fromkeys(ARMS, preset.rates[-1])      # not chosen yet
     later = pool.seconds_of(seed_stages(folder, parts, guess, guess))
@@ -81,7 +82,7 @@ def run(name, before=None, only=None):
     grid, grid_of_map, _ = collect_tries(folder, before)
     rates = chosen(grid, "at the pairs and updates of the cells")
     second = chosen(grid_of_map, "at the map's second reading")
-    stages = seed_stages(folder, parts, rates, second, max(1, at_once // 4))
+    stages = seed_stages(folder, parts, rates, second, at_once)
     pool.run_stages(stages, at_once, folder)
     return folder
 
