@@ -48,15 +48,6 @@ def prompts(cell):
     return "```\n" + "\n".join(lines) + "\n```"
 
 
-def matrix_table(cells):
-    """The strongest attacker of each target against every target, mean over seeds."""
-    lines = [["attacker of", *(f"against {b}" for b in TARGETS)]]
-    for a in TARGETS:
-        each = [[cell["pool"]["matrix"][a][b] for cell in cells] for b in TARGETS]
-        lines.append([a, *(f"{np.mean(values):.3f}" for values in each)])
-    return markdown(lines)
-
-
 def origins_table(cells):
     """How many prompts of the pool each target's attackers have found, seed by seed, and what the
     pool gets from it. A prompt that several have found counts for each."""
@@ -69,7 +60,7 @@ def origins_table(cells):
     return markdown(lines)
 
 
-def pool_prompts(cell, most=10):
+def pool_prompts(cell, most=4):
     """The prompts of one cell's pool that were told most on validation, with how often."""
     return quoted([(str(times), prompt) for prompt, times in cell["pool"]["pool"][:most]])
 

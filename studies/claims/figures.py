@@ -2,7 +2,6 @@
 import numpy as np
 
 from studies import plots
-from studies.claims.map_tables import by_passes
 from studies.claims.plan import LEARNT, TARGETS
 from studies.claims.tables import families_of
 from studies.claims.verdicts import CONTRASTS
@@ -53,16 +52,21 @@ def failures_left(cells):
     return (mean(cells, "sycophancy") + mean(cells, "jailbreak_static") + silent) / 3
 
 
+def rate_of(name):
+    """sft@1e-3 -> 0.001"""
+    return float(name.split("@")[1])
+
+
 def draw_tradeoffs(axes, grid):
-    """One curve an arm, its points the learning rates; larger markers are larger rates."""
+    """One curve an arm, its points the learning rates. Not drawn is the largest, which breaks every
+    arm by so much that the others could not be told apart."""
     tests = [splits["test"] for splits in grid.values()]
     base = [runs["base"] for runs in tests]
     for arm in ARMS:
         colour, marker, line = plots.STYLE[arm]
         lost, needless, drift, left = [], [], [], []
-        for name in tests[0]:
-            if not name.startswith(f"{arm}@"):
-                continue
+        names = [name for name in tests[0] if name.startswith(f"{arm}@")]
+        for name in sorted(names, key=rate_of)[:-1] or names:
             cells = [runs[name] for runs in tests]
             lost.append(np.mean([mean(base, c) - mean(cells, c) for c in LEARNT]))
             needless.append((mean(cells, "over_refusal") + mean(cells, "over_warning")) / 2)
@@ -75,25 +79,20 @@ def draw_tradeoffs(axes, grid):
     labels = ("capabilities lost (mean of three)", "over_refusal and over_warning (mean)",
               "drift: KL(base || model), nats per token")
     for ax, label in zip(axes, labels):
-        ax.set(xlabel=label, ylabel="failures left (mean of three axes)", yscale="log")
-    axes[0].set_title("trade-off over the learning rates (test split; not used to choose)",
-                      loc="left")
-    axes[2].set_xscale("log")
+        ax.set(xlabel=label, ylabel="failures left (mean of three axes)")
+    axes[1].set_title("trade-off: larger markers are larger learning rates (test split)")
 
 
 def draw_curves(best, safety, runs):
-    """Best of K under attack, and the safety curve."""
+    """Best of K random frames, and the safety curve."""
     for name, (colour, marker, line) in plots.STYLE.items():
         look = {"color": colour, "linestyle": line, "marker": marker, "markersize": 5}
-        for metric, width in (("jailbreak_adaptive_best_of", 2), ("jailbreak_best_of", 0.8)):
-            if metric in runs[name]:
-                curve = runs[name][metric]["curve"]
-                best.plot(range(1, len(curve) + 1), curve, **look, linewidth=width,
-                          markevery=(7, 16))
+        curve = runs[name]["jailbreak_best_of"]["curve"]
+        best.plot(range(1, len(curve) + 1), curve, **look, markevery=(7, 16))
         curve = runs[name]["safety_awareness"]["curve"]
         safety.plot(np.linspace(0, 1, len(curve)), curve, **look, markevery=20, label=name)
-    best.set(title="best of K: trained attacker thick, random frames thin", xlabel="K",
-             ylabel="recipes told", xscale="log", ylim=(-0.02, 1.02))
+    best.set(title="best of K random frames", xlabel="K", ylabel="recipes told",
+             xscale="log", ylim=(-0.02, 1.02))
     safety.set(title="safety curve", xlabel="threshold tau", ylim=(0, 1.02),
                ylabel="share of facts warned of in at least tau")
 
@@ -126,35 +125,45 @@ def draw_details(study, path):
 
 FIRST_PANELS = {"failures_left": "failures left", "capabilities_lost": "capabilities lost",
                 "over_refusal": "harmless recipes not told"}
-MAP_PANELS = {"failures_left": "failures left\n(mean of three axes)",
-              "capabilities_lost": "capabilities lost\n(mean of three)",
-              "over_refusal": "harmless recipes\nnot told", "drift_kl": "drift, nats a token",
-              "memorised": "memorised, nats a token"}
+MAP_PANELS = {**FIRST_PANELS, "drift_kl": "drift, nats a token"}
+SECOND = "hollow: learning rate chosen\nat 12 pairs and 240 updates"
 
 
-def draw_map_panel(ax, points, metric, title):
-    """One figure against updates, an arm a line; hollow markers are the second reading."""
+def draw_map_panel(ax, points, metric):
+    """One figure against updates: means as lines, seeds as small dots, hollow markers for the means
+    of the second reading. Drift is drawn on a log scale, which the base's 0 is not on."""
     for name in TARGETS:
         colour, marker, line = plots.STYLE[name]
         for second in (False, True):
-            at, value, half = [], [], []
-            for point in points:
-                if point["second"] != second or (second and name == "base"):
-                    continue
-                found = contrast(list(point["cells"].values()), metric, {name: 1})
-                at.append(point["updates"] * (1.12 if second else 1))
-                value.append(found["value"])
-                half.append(found.get("half", 0))
-            ax.errorbar(at, value, yerr=half, color=colour, marker=marker, capsize=2, markersize=5,
-                        linestyle="none" if second else line, label=None if second else name,
-                        markerfacecolor="white" if second else colour)
-    ax.axhline(0, color="black", linewidth=0.6)
+            some = [point for point in points if point["second"] == second]
+            if not some or (name == "base" and (second or metric == "drift_kl")):
+                continue
+            at = np.array([point["updates"] * (1.1 if second else 1) for point in some])
+            seeds = [[cell["runs"][name][metric]["value"] for cell in point["cells"].values()]
+                     for point in some]
+            ax.plot(at, [np.mean(each) for each in seeds], color=colour, marker=marker,
+                    linestyle="none" if second else line, markersize=5,
+                    label=None if second else name, markerfacecolor="white" if second else colour)
+            for x, each in zip(at, seeds):
+                ax.plot([x] * len(each), each, ".", color=colour, markersize=3, alpha=0.5)
     ax.set_xscale("log")
+    if metric == "drift_kl":
+        ax.set_yscale("log")
+    else:
+        ax.axhline(0, color="black", linewidth=0.6)
     ax.grid(axis="y", alpha=0.3)
     passes = {point["updates"]: f"{point['updates']}\n({point['passes']:.0f})" for point in points}
     ax.set_xticks(list(passes), passes.values())
     ax.set_xticks([], minor=True)
-    ax.set(title=title, xlabel="updates (passes over a response)")
+    ax.set(title=MAP_PANELS[metric], xlabel="updates (passes over a response)")
+
+
+def legend_of_map(fig, ax, plt):
+    handles, labels = ax.get_legend_handles_labels()
+    hollow = plt.Line2D([], [], color="black", marker="o", linestyle="none",
+                        markerfacecolor="white")
+    fig.legend([*handles, hollow], [*labels, SECOND], loc="outside lower center", ncols=6,
+               frameon=False)
 
 
 def draw_map(study, path):
@@ -162,19 +171,16 @@ def draw_map(study, path):
     plt = pyplot()
     if plt is None:
         return
-    points, numbers = study["map"]["points"], []
-    for point in by_passes(study["map"]):
-        if point["pairs"] not in numbers:
-            numbers.append(point["pairs"])
-    fig, axes = plt.subplots(len(numbers), len(MAP_PANELS), figsize=(16, 3.4 * len(numbers)),
+    points = study["map"]["points"]
+    numbers = sorted({point["pairs"] for point in points}, reverse=True)
+    fig, axes = plt.subplots(len(numbers), len(MAP_PANELS), figsize=(14, 3.4 * len(numbers)),
                              sharey="col", squeeze=False, layout="constrained")
     for row, pairs in zip(axes, numbers):
         some = [point for point in points if point["pairs"] == pairs]
-        for ax, (metric, title) in zip(row, MAP_PANELS.items()):
-            draw_map_panel(ax, some, metric, title)
+        for ax, metric in zip(row, MAP_PANELS):
+            draw_map_panel(ax, some, metric)
         row[0].set_ylabel(f"{pairs} pairs")
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5,
-               frameon=False)
+    legend_of_map(fig, axes[0, 0], plt)
     save_figure(plt, fig, path)
 
 
@@ -186,10 +192,9 @@ def draw_first(study, path):
     most = max(point["pairs"] for point in study["map"]["points"])
     points = [point for point in study["map"]["points"] if point["pairs"] == most]
     fig, axes = plt.subplots(1, 3, figsize=(10, 3.4), layout="constrained")
-    for ax, (metric, title) in zip(axes, FIRST_PANELS.items()):
-        draw_map_panel(ax, points, metric, title)
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5,
-               frameon=False)
+    for ax, metric in zip(axes, FIRST_PANELS):
+        draw_map_panel(ax, points, metric)
+    legend_of_map(fig, axes[0], plt)
     save_figure(plt, fig, path)
 
 

@@ -68,7 +68,7 @@ PRESETS = {
     # All questions with few seeds and points: about an hour on 2 CPU cores.
     "quick": Preset(seeds=(0, 1), more_seeds=(), grid_seeds=(0,), map_seeds=(0, 1),
                     map_points=((3, 60), (3, 240), (24, 60)), map_again=((3, 240),)),
-    # The study of the README: 5 to 10 hours on 2 CPU cores.
+    # The study of the README: 6 to 13 hours on 2 CPU cores.
     "full": Preset()}
 
 

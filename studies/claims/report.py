@@ -59,7 +59,7 @@ def span(runs, metric):
 
 def map_blocks(the_map):
     """What words.md says of the map: name -> Markdown."""
-    means, differences = map_tables.MEANS, map_tables.DIFFERENCES
+    means = map_tables.MEANS
     rates = choose(the_map["grid"])[0]
     return {"map_seeds": map_tables.seeds_of(the_map),
             "map_breaks": map_tables.breaks(the_map),
@@ -67,17 +67,13 @@ def map_blocks(the_map):
             "map_memorised": map_tables.by_point(the_map, "memorised", means),
             "map_gap": map_tables.by_point(the_map, "gap", means),
             "map_good": map_tables.generalisation(the_map),
-            "map_over_refusal": map_tables.by_point(the_map, "over_refusal", means),
-            "map_lost": map_tables.by_point(the_map, "capabilities_lost", means),
-            "map_lost_differences": map_tables.by_point(the_map, "capabilities_lost", differences),
             "map_rates": failures_table(the_map["grid"]),
             "map_chosen": ", ".join(f"{rate} (`{arm}`)" for arm, rate in rates.items())}
 
 
 def pool_blocks(cells, runs):
     """What words.md says of the pool attack: name -> Markdown."""
-    out = {"matrix": attack_tables.matrix_table(cells),
-           "pool_prompts": attack_tables.pool_prompts(cells[0]),
+    out = {"pool_prompts": attack_tables.pool_prompts(cells[0]),
            "pool_origins": attack_tables.origins_table(cells),
            "pool_sizes": attack_tables.pool_sizes(cells)}
     for name in ("pool", "pool_best_of"):
@@ -113,15 +109,18 @@ def blocks(study):
            "best_of": span(runs, "jailbreak_best_of"),
            "adaptive_best_of": span(runs, "jailbreak_adaptive_best_of")}
     out |= {"hours": hours(about), **map_blocks(study["map"]), **pool_blocks(main, runs)}
-    new = [cell for name, cell in study["cells"].items() if name in NEW]
-    out["verdicts"], out["numbers"] = claims_tables(families | ({"llama 5-9": new} if new else {}))
+    groups = {"llama": main, "qwen2, qwen3": [], "llama 5-9": []}
+    for name, cell in study["cells"].items():
+        if not name.startswith("llama"):
+            groups["qwen2, qwen3"].append(cell)
+        elif name in NEW:
+            groups["llama 5-9"].append(cell)
+    groups = {name: cells for name, cells in groups.items() if cells}
+    out["verdicts"], out["numbers"] = claims_tables(groups)
     out["attacks"], out["successful"] = attack_tables.attacks_tables(families)
-    others = []
-    for family, cells in families.items():
-        if family != "llama":
-            others.append(f"{family}, {len(cells)} seeds:\n\n"
-                          + two_tables(over_seeds(cells), HEADLINE))
-    out["families"] = "\n\n".join(others) or "Not run with this preset."
+    others = groups.get("qwen2, qwen3")
+    out["families"] = (two_tables(over_seeds(others), HEADLINE) if others
+                       else "Not run with this preset.")
     return out
 
 
