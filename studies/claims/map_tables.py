@@ -105,11 +105,9 @@ def breaks(the_map):
 
 
 def generalisation(the_map):
-    """Good responses to what was trained and to what is new, with the learning rates of the first
-    reading, at the point with most passes that has a second one."""
-    second = by_passes(the_map, second=True)[-1]
-    place = second["pairs"], second["updates"]
-    point = next(p for p in by_passes(the_map) if (p["pairs"], p["updates"]) == place)
+    """Good responses to what was trained and to what is new, after the most updates on the most
+    pairs."""
+    point = max(by_passes(the_map), key=lambda point: (point["updates"], point["pairs"]))
     return figures_table(over_seeds(list(point["cells"].values())), MEANS, GOOD)
 
 
