@@ -97,7 +97,7 @@ def run_cell(family, seed, name):
         preset = replace(preset, more_seeds=(seed,), others=(family,))
     folder = f"out/cell-claims-{name}"
     stages = plan.first_stages(folder, preset)[:2] + plan.second_stages(folder, preset, rates)
-    pool.run_stages(stages, 1, folder)
+    pool.run_stages(stages, pool.places(), folder)
     path = Path(folder) / f"{family}-{seed}/results.json"
     write_text(path, json.dumps(collect_cell(path), indent=1) + "\n")
     show(f"written to {path}")
