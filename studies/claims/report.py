@@ -127,9 +127,10 @@ def blocks(study):
 def main_table(study):
     """The table of the main README, and how many seeds are behind it."""
     cells = families_of(study)["llama"]
-    seeds = f"{len(cells)} seeds (in the figure {map_tables.seeds_of(study['map'])})"
+    seeds = f"{len(cells)} seeds (figure: {map_tables.seeds_of(study['map'])})"
     table = figures_table(over_seeds(cells), ("base", *ARMS), FIRST)
-    return f"Means over {seeds} with 95 % intervals; each has its own world and base.\n\n{table}"
+    return (f"At 60 updates, means over {seeds} with 95 % intervals; each has its own world.\n\n"
+            f"{table}")
 
 
 # --- Files -----------------------------------------------------------------------------------
