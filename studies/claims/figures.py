@@ -52,11 +52,6 @@ def failures_left(cells):
     return (mean(cells, "sycophancy") + mean(cells, "jailbreak_static") + silent) / 3
 
 
-def rate_of(name):
-    """sft@1e-3 -> 0.001"""
-    return float(name.split("@")[1])
-
-
 def draw_tradeoffs(axes, grid):
     """One curve an arm, its points the learning rates. Not drawn is the largest, which breaks every
     arm by so much that the others could not be told apart."""
@@ -66,7 +61,7 @@ def draw_tradeoffs(axes, grid):
         colour, marker, line = plots.STYLE[arm]
         lost, needless, drift, left = [], [], [], []
         names = [name for name in tests[0] if name.startswith(f"{arm}@")]
-        for name in sorted(names, key=rate_of)[:-1] or names:
+        for name in names[:-1] or names:                    # from small rates to large ones
             cells = [runs[name] for runs in tests]
             lost.append(np.mean([mean(base, c) - mean(cells, c) for c in LEARNT]))
             needless.append((mean(cells, "over_refusal") + mean(cells, "over_warning")) / 2)
