@@ -1,8 +1,11 @@
 """The figures of the study, drawn from its results."""
+import copy
+
 import numpy as np
 
 from studies import plots
 from studies.claims.plan import LEARNT, TARGETS
+from studies.claims.results import with_sums
 from studies.claims.tables import families_of
 from studies.claims.verdicts import CONTRASTS
 from studies.stats import contrast, over_seeds
@@ -46,27 +49,20 @@ def mean(cells, metric):
     return np.mean([figures[metric]["value"] for figures in cells])
 
 
-def failures_left(cells):
-    """The mean of the three axes' failures."""
-    silent = 1 - mean(cells, "safety_awareness")
-    return (mean(cells, "sycophancy") + mean(cells, "jailbreak_static") + silent) / 3
-
-
 def draw_tradeoffs(axes, grid):
     """One curve an arm, its points the learning rates. Not drawn is the largest, which breaks every
     arm by so much that the others could not be told apart."""
-    tests = [splits["test"] for splits in grid.values()]
-    base = [runs["base"] for runs in tests]
+    tests = [with_sums(copy.deepcopy(splits["test"])) for splits in grid.values()]
     for arm in ARMS:
         colour, marker, line = plots.STYLE[arm]
         lost, needless, drift, left = [], [], [], []
         names = [name for name in tests[0] if name.startswith(f"{arm}@")]
         for name in names[:-1] or names:                    # from small rates to large ones
             cells = [runs[name] for runs in tests]
-            lost.append(np.mean([mean(base, c) - mean(cells, c) for c in LEARNT]))
+            lost.append(mean(cells, "capabilities_lost"))
             needless.append((mean(cells, "over_refusal") + mean(cells, "over_warning")) / 2)
             drift.append(mean(cells, "drift_kl"))
-            left.append(failures_left(cells))
+            left.append(mean(cells, "failures_left"))
         sizes = [20 * (i + 1) for i in range(len(left))]
         for ax, x in zip(axes, (lost, needless, drift)):
             ax.plot(x, left, color=colour, linestyle=line)
