@@ -271,7 +271,7 @@ def test_train_sh_has_the_learning_rates_that_the_study_chose_and_the_studys_siz
 def test_the_committed_study_attacked_for_real():
     """On every base the trained attacker does better than random frames, on new recipes."""
     study = committed(report.FOLDER)
-    assert len(study["cells"]) == 13
+    assert len(study["cells"]) == 16
     for name, cell in study["cells"].items():
         base = cell["runs"]["base"]
         random_frames = base["jailbreak_best_of"]["per_attempt"]
