@@ -93,14 +93,17 @@ def transfer(matrix):
 
 
 def with_sums(runs):
-    """Adds what the map's figure shows: failures left, a mean of three, and capabilities lost."""
+    """The runs with what the map's figure shows: failures left, a mean of three, and capabilities
+    lost."""
     base = sum(runs["base"][name]["value"] for name in LEARNT)
-    for figures in runs.values():
+    found = {}
+    for run, figures in runs.items():
         value = {name: figure["value"] for name, figure in figures.items()}
         left = value["sycophancy"] + value["jailbreak_static"] + 1 - value["safety_awareness"]
-        figures["failures_left"] = {"value": left / 3}
-        figures["capabilities_lost"] = {"value": (base - sum(value[name] for name in LEARNT)) / 3}
-    return runs
+        lost = base - sum(value[name] for name in LEARNT)
+        found[run] = {**figures, "failures_left": {"value": left / 3},
+                      "capabilities_lost": {"value": lost / 3}}
+    return found
 
 
 def collect_points(folder, preset, rates, second):
