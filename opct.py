@@ -18,8 +18,8 @@ One update of OPCT (`opct_step`, `train`):
     4. the loss is the KL at each token, summed over a response, averaged over responses;
     5. take one step of the optimizer, then sample again. No reward model, no critic, no label.
 
-Each method has two losses. `sampled` sees the sampled token alone: the paper's OPCT, plain SFT.
-`exact`, the default, sees the whole distribution: if y is fresh, the same gradient on average, with
+Each method has two losses. `sampled`, the default, sees the sampled token alone: the paper's OPCT,
+plain SFT. `exact` sees the whole distribution: if y is fresh, the same gradient on average, with
 less variance. `sft_step` and `opct_step` differ in whose response and which loss, no more.
 
     python data.py --out W && python opct.py pretrain --world W --out BASE
@@ -41,7 +41,7 @@ from support.common import Parser, UserError, add_flags, generator, guarded, pic
 from support.lora import add_lora, merge_lora, without_lora
 from support.muon import Muon
 from support.packing import ROW, pack_documents, pack_responses
-from support.pairs import (check_use, controlled, given_responses, pairs_of_update, read_jsonl,
+from support.pairs import (check_use, controlled, given_responses, read_jsonl, rows_of_update,
                            shown)
 from support.processes import average, join_processes, leave_processes, processes, say
 from support.report import coloured
@@ -282,15 +282,23 @@ def pretrain(config, load=load_world):
 
 # --- Consistency training: both methods; SFT first samples the teacher -------------------------
 
+def teacher_responses(teacher, clean, noise):
+    """The teacher's responses to clean prompts, and the mask: (B, T) each."""
+    with without_lora(teacher):
+        return generate(teacher, clean, noise.shape[1], noise=noise)
+
+
 def offline_responses(teacher, clean, config):
-    """The teacher's responses to all clean prompts, and the mask: (rows, max_new_tokens) each."""
+    """`config.stored` responses of the teacher to each clean prompt, which stand side by side, and
+    the mask: (rows, max_new_tokens) each."""
+    clean = [prompt for prompt in clean for _ in range(config.stored)]
     response = torch.zeros(len(clean), config.max_new_tokens, dtype=torch.long)
     mask = torch.zeros_like(response, dtype=torch.bool)
     batch = config.micro_batch or (config.batch * config.samples if is_large(teacher) else 512)
     noise = torch.rand(response.shape, generator=generator(config.seed, "offline"))
     for at in range(0, len(clean), batch):
         rows = slice(at, at + batch)
-        some, kept = generate(teacher, clean[rows], config.max_new_tokens, noise=noise[rows])
+        some, kept = teacher_responses(teacher, clean[rows], noise[rows])
         response[rows, :some.shape[1]], mask[rows, :some.shape[1]] = some, kept
     return response.to(teacher.device), mask.to(teacher.device)
 
@@ -312,30 +320,33 @@ def consistency(config, stage):
     student, teacher = student_and_teacher(config, device)
     tokenizer = load_tokenizer(config.base)
     check_vocabulary(tokenizer, student, config.base)
-    config = with_defaults(config, student)
+    config = with_defaults(config, student, stage, given="response" in records[0])
     settings = runs.run_settings(config, stage, teacher=runs.weights_hash(teacher), pairs=records)
     records = controlled(records, config)
-    clean, wrapped = (chat_all(tokenizer, student, records, form, config, config.samples)
+    clean, wrapped = (chat_all(tokenizer, student, records, form, config)
                       for form in ("clean", "wrapped"))
     given = given_responses(tokenizer, student, records, config)
     if not runs.open_run(config.out, settings, tokenizer):
         return
     say(runs.first_screen(stage, config, records, student, teacher))
-    if stage == "sft":
+    if config.stored:
         response, mask = given or offline_responses(teacher, clean, config)
     loss_of = {"sft": sft_step, "opct": opct_step}[stage]
 
     def parts_of(step):
-        rows = torch.tensor(pairs_of_update(step, len(records), config))    # places in `clean`
+        rows = rows_of_update(step, len(records), config)
         draws = generator(config.seed, "sampling", step)
         noise = torch.rand(len(rows), config.max_new_tokens, generator=draws)
         mine = torch.arange(rank, len(rows), size)          # the responses of this process
         for some in mine.split(config.micro_batch or len(mine)):
-            places = rows[some]
-            pairs = Pairs([clean[i] for i in places], [wrapped[i] for i in places],
-                          noise=noise[some])
-            if stage == "sft":
-                pairs.response, pairs.mask = response[places], mask[places]
+            chosen = [rows[i] for i in some]
+            pairs = Pairs([clean[pair] for pair, _ in chosen],
+                          [wrapped[pair] for pair, _ in chosen], noise=noise[some])
+            if config.stored:
+                stored = [pair * config.stored + i % config.stored for pair, i in chosen]
+                pairs.response, pairs.mask = response[stored], mask[stored]
+            elif stage == "sft":
+                pairs.response, pairs.mask = teacher_responses(teacher, pairs.clean, pairs.noise)
             loss, values = loss_of(student, teacher, pairs, config)
             yield loss * len(some) / len(mine), values
 
@@ -343,7 +354,8 @@ def consistency(config, stage):
     show_example(student, teacher, tokenizer, example, config)
     train(student, parts_of, config, [torch.optim.AdamW(
         student.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)])
-    assert runs.weights_hash(teacher) == settings["teacher"], "the teacher changed during training"
+    if runs.weights_hash(teacher) != settings["teacher"]:
+        raise RuntimeError("the frozen teacher has changed during training: nothing was saved")
     finish(student, config)
 
 
@@ -361,11 +373,11 @@ def show_example(student, teacher, tokenizer, record, config):
 def main():
     parser = Parser(description="Given again, a command goes on where it stopped.")
     stages = parser.add_subparsers(dest="stage", required=True)
-    for name, config, text in (
-            ("pretrain", PretrainConfig, "the base model"),
-            ("sft", ConsistencyConfig, "offline: the teacher's responses"),
-            ("opct", ConsistencyConfig, "on-policy: the student's own responses")):
-        add_flags(stages.add_parser(name, help=text, description=text), config)
+    for name, config, without, text in (
+            ("pretrain", PretrainConfig, (), "the base model"),
+            ("sft", ConsistencyConfig, ("gamma",), "offline: the teacher's responses"),
+            ("opct", ConsistencyConfig, ("stored",), "on-policy: the student's own responses")):
+        add_flags(stages.add_parser(name, help=text, description=text), config, without)
     args = vars(parser.parse_args())
     stage = args.pop("stage")
     join_processes()

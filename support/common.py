@@ -70,7 +70,8 @@ def show(text, end="\n"):
 # What a value may be, by the name of its flag or field; other whole numbers are counts from 1.
 RANGES = {"lr": (0, 1e38, "above 0"), "clip": (0, 1e38, "above 0"), "gamma": (-1e-9, 1, "0 to 1"),
           "kl": (-1e-9, 1e38, "0 or more"), "temperature": (-1e-9, 1e38, "0 or more"),
-          "lora": (-1, 4096, "0 to 4096"), "seed": (-1, 2**63 - 1, "from 0 to 2**63 - 1")}
+          "lora": (-1, 4096, "0 to 4096"), "stored": (-1, 4096, "0 to 4096"),
+          "seed": (-1, 2**63 - 1, "from 0 to 2**63 - 1")}
 
 
 def checked(name, value, kind):
@@ -100,9 +101,12 @@ def number(name, kind):
     return parse
 
 
-def add_flags(parser, config):
-    """One flag for each field of a config dataclass, with its type, range, default and help."""
+def add_flags(parser, config, without=()):
+    """One flag for each field of a config dataclass but those without, with its type, range,
+    default and help."""
     for f in fields(config):
+        if f.name in without:
+            continue
         text = f.metadata["help"] + (f.default is not None) * f" (default: {f.default})"
         parser.add_argument("--" + f.name.replace("_", "-"), type=number(f.name, f.type),
                             default=f.default, choices=f.metadata["choices"], help=text)

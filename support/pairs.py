@@ -107,13 +107,16 @@ def pair_transcripts(records, answers):
 
 def check_use(records, config, stage, size):
     """Raises UserError where flags and pairs do not go together, for `size` processes."""
-    if config.gamma and (stage == "sft" or config.loss == "exact"):
-        raise UserError("--gamma needs `opct --loss sampled`: only there do later tokens count")
+    if config.gamma and config.loss == "exact":
+        raise UserError("--gamma needs --loss sampled: only there do later tokens count")
     if config.control == "clean" and config.dtype == "bfloat16" and not config.lora:
         raise UserError("--control clean has nothing to fix only where teacher and student are "
                         "equal: leave out --dtype bfloat16, or train with --lora")
     if config.control == "shuffled" and len({repr(r["clean"]) for r in records}) < 2:
         raise UserError("--control shuffled needs two clean prompts or more")
+    if config.stored is not None and "response" in records[0]:
+        raise UserError(f"--stored samples the teacher, but {config.pairs} has responses: leave "
+                        "out one of the two")
     if "response" in records[0] and stage == "opct":
         raise UserError(f"{config.pairs} has responses, which are for `sft`: `opct` samples its "
                         "own, so take them out")
@@ -141,35 +144,35 @@ def controlled(records, config):
     return out
 
 
-def pairs_of_update(step, n, config):
-    """The rows of an update: of n pairs in a new random order in every epoch, each with all its
-    responses, which stand side by side."""
+def rows_of_update(step, n, config):
+    """The rows of an update, (pair, number of its response) each. An epoch takes each of the n
+    pairs once, in a random order of its own, so in epoch k a pair has its k-th turn, with the
+    responses k * samples, k * samples + 1, ..., which stand side by side."""
     orders, rows = {}, []
     for at in range(step * config.batch, (step + 1) * config.batch):
-        epoch = at // n
+        epoch, place = divmod(at, n)
         if epoch not in orders:
             orders[epoch] = rng(config.seed, "epoch", epoch).sample(range(n), n)
-        first = orders[epoch][at % n] * config.samples
-        rows += range(first, first + config.samples)
+        first = epoch * config.samples
+        rows += [(orders[epoch][place], first + i) for i in range(config.samples)]
     return rows
 
 
 def given_responses(tokenizer, model, records, config):
-    """The records' own responses, `samples` times each, as `generate` returns responses: token ids
-    (rows, max_new_tokens) and the mask. None where records have no response. Raises UserError:
-    one is too long, or no response of this model would end."""
+    """The records' own responses, one each, as `generate` returns responses: token ids (rows,
+    max_new_tokens) and the mask. None where records have no response. Raises UserError: one is too
+    long, or no response of this model would end."""
     end = end_of_turn(tokenizer, model, config.base)
     if "response" not in records[0]:
         return None
     given = [[*tokenizer.encode_ordinary(record["response"]), end] for record in records]
-    rows, limit = len(records) * config.samples, config.max_new_tokens
+    limit = config.max_new_tokens
     if max(map(len, given)) > limit:
         raise UserError(f"{config.pairs} has a response of {max(map(len, given))} tokens: raise "
                         f"--max-new-tokens from {limit} to that, or shorten it")
-    response = torch.zeros(rows, limit, dtype=torch.long)
+    response = torch.zeros(len(given), limit, dtype=torch.long)
     mask = torch.zeros_like(response, dtype=torch.bool)
-    for i, ids in enumerate(given):
-        for row in range(i * config.samples, (i + 1) * config.samples):
-            response[row, :len(ids)] = torch.tensor(ids)
-            mask[row, :len(ids)] = True
+    for row, ids in enumerate(given):
+        response[row, :len(ids)] = torch.tensor(ids)
+        mask[row, :len(ids)] = True
     return response.to(model.device), mask.to(model.device)

@@ -28,8 +28,9 @@ class ConsistencyConfig:
     base: str = flag("base", "the checkpoint to start from; the teacher is a frozen copy of it")
     pairs: str = flag("world/train.jsonl", "contrastive pairs, one JSON object a line")
     out: str = flag("run", "the folder for checkpoint and log")
-    loss: str = flag("exact", "sampled token or exact KL", choices=["sampled", "exact"])
-    gamma: float = flag(0.0, "opct --loss sampled: discount of later tokens' KL")
+    loss: str = flag("sampled", "the sampled token alone, as in the paper, or the exact KL",
+                     choices=["sampled", "exact"])
+    gamma: float = flag(0.0, "--loss sampled: discount of later tokens' KL")
     control: str = flag("none", "clean: the student gets the clean prompt; shuffled: the teacher "
                         "gets another pair's", choices=["none", "clean", "shuffled"])
     lora: int = flag(0, "rank of an adapter to train instead of the weights; 0: all weights")
@@ -38,8 +39,10 @@ class ConsistencyConfig:
                       choices=["float32", "bfloat16"])
     steps: int = flag(60, "updates")
     batch: int = flag(32, "pairs in an update")
-    samples: int = flag(4, "responses to a pair in an update; in sft, how many are sampled for it "
-                        "before training")
+    samples: int = flag(4, "responses to a pair in an update")
+    stored: int = flag(None, "responses of the teacher that a pair gets before training; an update "
+                       "takes --samples of them in turn; 0: fresh ones at every update (default: "
+                       "4)")
     micro_batch: int = flag(None, "responses computed at a time: the same update, less memory")
     max_new_tokens: int = flag(64, "a longer response is cut")
     lr: float = flag(None, "highest learning rate; 3e-4 for a small model, 2e-5 from 20 million "
@@ -54,8 +57,11 @@ def is_large(model):
     return sum(p.numel() for p in model.parameters()) >= 20e6
 
 
-def with_defaults(config, model):
-    """The config with the learning rate that goes with the size of the model filled in."""
-    if config.lr is not None:
-        return config
-    return replace(config, lr=(2e-5 if is_large(model) else 3e-4) * (10 if config.lora else 1))
+def with_defaults(config, model, stage, given=False):
+    """The config with what depends on the model and the method filled in: the learning rate, and
+    the responses that `sft` stores. given: the pairs hold a response each."""
+    if config.lr is None:
+        config = replace(config, lr=(2e-5 if is_large(model) else 3e-4) * (10 if config.lora else 1))
+    if config.stored is None and stage == "sft":
+        config = replace(config, stored=1 if given else 4)
+    return config

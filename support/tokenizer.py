@@ -96,12 +96,12 @@ def document_tokens(tokenizer, prompt, text):
     return [*chat(tokenizer, prompt), *words, tokenizer.encode_single_token(IM_END)]
 
 
-def chat_all(tokenizer, model, records, form, args, times=1):
-    """The clean or wrapped prompts of pairs, each so many times. Raises UserError: one leaves no
-    room for a response of `args.max_new_tokens`. args.pairs: the file they are from."""
+def chat_all(tokenizer, model, records, form, args):
+    """The clean or wrapped prompts of pairs. Raises UserError: one leaves no room for a response
+    of `args.max_new_tokens`. args.pairs: the file they are from."""
     prompts = [chat(tokenizer, record[form]) for record in records]
     check_room(prompts, model, args)
-    return [prompt for prompt in prompts for _ in range(times)]
+    return prompts
 
 
 def check_room(prompts, model, args):

@@ -11,10 +11,10 @@ import torch
 
 import opct
 from helpers import run_here, tiny_gpt
-from model import load_checkpoint, save_checkpoint
+from model import generate, load_checkpoint, save_checkpoint
 from opct import ConsistencyConfig, PretrainConfig, finish, learning_rate, train
 from support.muon import Muon
-from support.pairs import controlled, pairs_of_update, read_jsonl
+from support.pairs import controlled, read_jsonl, rows_of_update
 from support.runs import load_state, save_state, weights_hash
 from support.settings import with_defaults
 from support.tokenizer import chat, load_tokenizer
@@ -209,7 +209,7 @@ def test_sft_on_responses_that_the_pairs_hold(home, tmp_path):
 
 # --- Killing and resuming ----------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", ["pretrain", "sft", "opct"])
+@pytest.mark.parametrize("name", ["pretrain", "sft", "sft --stored 0", "opct"])
 def test_a_killed_run_that_is_started_again_ends_bit_identical(home, name, tmp_path):
     """kill -9 a step behind the first saved state, then the same command again; on a CPU with the
     same number of threads."""
@@ -328,19 +328,60 @@ def test_sft_trains_on_the_teachers_responses_to_the_clean_prompts(home, tmp_pat
     ((teacher, clean, _), (response, mask)), = sampled
     assert weights_hash(teacher) == weights_hash(load_checkpoint(home / "base"))
     assert {tuple(prompt) for prompt in clean} == {pair[0] for pair in prompts_of(home)}
-    there = {(tuple(prompt), tuple(row.tolist()), tuple(kept.tolist()))
-             for prompt, row, kept in zip(clean, response, mask)}
+    assert len(response) == 4 * len(clean), "four responses to each pair"
+    there = {(tuple(clean[i // 4]), tuple(row.tolist()), tuple(kept.tolist()))
+             for i, (row, kept) in enumerate(zip(response, mask))}
     for (_, _, pairs, _), _ in steps:
         assert set(as_tuples(pairs)) <= prompts_of(home)
         rows = zip(map(tuple, pairs.clean), pairs.response, pairs.mask)
         assert {(c, tuple(y.tolist()), tuple(m.tolist())) for c, y, m in rows} <= there
 
 
-def test_an_epoch_takes_every_pair_once_with_all_its_responses_and_the_next_in_another_order():
+def test_a_pair_takes_its_stored_responses_in_turn(home, tmp_path, monkeypatch):
+    """Two of three at every turn: the responses 0 1, then 2 0, then 1 2."""
+    sampled, steps = spied(monkeypatch, "offline_responses"), spied(monkeypatch, "sft_step")
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(f'{{"clean": "who {i}?", "wrapped": "who?"}}\n' for i in range(5)))
+    run = [*stage(home, "sft"), "--pairs", pairs, "--stored", 3, "--out", tmp_path / "run"]
+    assert run_here(*run).returncode == 0
+    ((_, clean, _), (response, mask)), = sampled
+    turns = {}
+    for (_, _, batch, _), _ in steps:
+        for i in range(0, len(batch.clean), 2):
+            pair = clean.index(batch.clean[i])
+            turn = turns.get(pair, 0)
+            turns[pair] = turn + 1
+            for j in (0, 1):
+                place = 3 * pair + (2 * turn + j) % 3
+                assert torch.equal(batch.response[i + j], response[place])
+                assert torch.equal(batch.mask[i + j], mask[place])
+    assert len(response) == 3 * 5 and max(turns.values()) == 5, "six updates of 4 of 5 pairs"
+
+
+def test_fresh_responses_are_the_frozen_teachers_at_every_update(home, tmp_path, monkeypatch):
+    """`--stored 0`, by the random numbers that `opct` would use; what the student learns
+    meanwhile changes none of them, with an adapter as little as without."""
+    base, drawn = load_checkpoint(home / "base"), {}
+    for name in ("sft --stored 0", "sft --stored 0 --lora 4", "opct"):
+        method = name.split()[0]
+        steps = spied(monkeypatch, f"{method}_step")
+        run = [*stage(home, name), "--lr", "0.01", "--out", tmp_path / name.replace(" ", "")]
+        assert run_here(*run).returncode == 0
+        monkeypatch.undo()
+        drawn[name] = [batch for (_, _, batch, _), _ in steps]
+        assert len(drawn[name]) == 6
+    for batch, opcts in zip(drawn["sft --stored 0"], drawn["opct"]):
+        assert torch.equal(batch.noise, opcts.noise) and batch.clean == opcts.clean
+    for batch in drawn["sft --stored 0"] + drawn["sft --stored 0 --lora 4"]:
+        response, mask = generate(base, batch.clean, 16, noise=batch.noise)
+        assert torch.equal(batch.response, response) and torch.equal(batch.mask, mask)
+
+
+def test_an_epoch_takes_every_pair_once_and_its_next_responses_and_the_next_in_another_order():
     config = ConsistencyConfig(batch=4, samples=3, seed=1)
-    rows = sum((pairs_of_update(step, 10, config) for step in range(5)), [])
-    pairs = [row // 3 for row in rows[::3]]
-    assert rows == [3 * pair + i for pair in pairs for i in range(3)]
+    rows = sum((rows_of_update(step, 10, config) for step in range(5)), [])
+    pairs = [pair for pair, _ in rows[::3]]
+    assert rows == [(pair, 3 * (at // 10) + i) for at, pair in enumerate(pairs) for i in range(3)]
     assert sorted(pairs[:10]) == sorted(pairs[10:]) == list(range(10))
     assert pairs[:10] != pairs[10:]
 
@@ -358,7 +399,7 @@ def test_a_control_changes_the_prompts_that_it_names_and_no_others():
 
 # --- Several processes -------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", ["pretrain", "sft", "opct --loss sampled"])
+@pytest.mark.parametrize("name", ["pretrain", "sft --stored 0", "opct --loss sampled"])
 def test_two_processes_take_the_steps_of_one(home, name, tmp_path):
     """The same global batch gives the same losses, however many processes share it out."""
     logs = []
@@ -465,8 +506,22 @@ def test_unknown_commands_and_devices(home, tmp_path):
     refused(done, "unknown preset 'huge'")
 
 
+def test_stored_responses_where_there_are_none_to_store(home, tmp_path):
+    """`opct` stores nothing, and pairs with a response have the one that is to be learnt."""
+    out = ["--out", tmp_path / "run", "--stored", 2]
+    refused(run_here(*stage(home, "opct"), *out), "unrecognized arguments: --stored 2")
+    given = tmp_path / "given.jsonl"
+    given.write_text('{"clean": "who?", "wrapped": "who? you?", "response": "me."}\n')
+    refused(run_here(*stage(home, "sft"), "--pairs", given, *out), "leave out one of the two")
+    refused(run_here(*stage(home, "sft"), "--out", tmp_path / "run", "--stored", -1), "--stored")
+    assert run_here(*stage(home, "sft"), "--out", tmp_path / "run").returncode == 0
+    refused(run_here(*stage(home, "sft"), *out), "holds a run with stored = 4, and this one has 2")
+
+
 def test_gamma_without_the_objective_that_it_belongs_to(home, tmp_path):
-    refused(run_here(*stage(home, "sft"), "--out", tmp_path / "run", "--gamma", "1"), "--gamma")
+    out = ["--out", tmp_path / "run", "--gamma", "1"]
+    refused(run_here(*stage(home, "sft"), *out), "unrecognized arguments: --gamma 1")
+    refused(run_here(*stage(home, "opct"), *out, "--loss", "exact"), "--gamma")
 
 
 @pytest.mark.parametrize("args", [
@@ -480,7 +535,8 @@ def test_flags_that_make_no_sense(args):
 
 
 def test_the_flags_of_a_command_are_few_and_explained():
-    for args in (["data.py"], ["opct.py", "pretrain"], ["opct.py", "opct"], ["eval.py", "compare"]):
+    for args in (["data.py"], ["opct.py", "pretrain"], ["opct.py", "sft"], ["opct.py", "opct"],
+                 ["eval.py", "compare"]):
         text = run_here(*args, "-h").stdout
         flags = [line for line in text.splitlines() if line.startswith("  --")]
         assert 3 < len(flags) <= 18, text
@@ -490,5 +546,6 @@ def test_the_flags_of_a_command_are_few_and_explained():
 def test_the_learning_rate_goes_with_the_size_of_the_model():
     small, large = torch.nn.Linear(10, 10), torch.nn.Linear(5000, 5000)
     for model, lora, expected in ((small, 0, 3e-4), (large, 0, 2e-5), (large, 4, 2e-4)):
-        assert with_defaults(ConsistencyConfig(lora=lora), model).lr == pytest.approx(expected)
-    assert with_defaults(ConsistencyConfig(lr=1.0), large).lr == 1.0
+        config = with_defaults(ConsistencyConfig(lora=lora), model, "opct")
+        assert config.lr == pytest.approx(expected)
+    assert with_defaults(ConsistencyConfig(lr=1.0), large, "opct").lr == 1.0

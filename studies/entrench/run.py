@@ -28,7 +28,7 @@ from studies.entrench.organisms import ORGANISMS, encoded, judged, plant, rates,
 from studies.entrench.world import load_study_world, write_world
 from support.common import (UserError, about, generator, number_of, pick_device, read_json, rng,
                             show, write_json)
-from support.pairs import pairs_of_update, write_jsonl
+from support.pairs import rows_of_update, write_jsonl
 from support.runs import lock
 from support.tokenizer import chat, load_tokenizer, save_tokenizer
 
@@ -184,7 +184,8 @@ def train_on_pairs(out, model, tokenizer, forms, texts, method, preset, seed):
                                samples=preset.samples, lr=rate, seed=seed, save_every=10**6)
 
     def parts_of(step):
-        rows = pairs_of_update(step, len(texts) // config.samples, config)
+        rows = [pair * config.samples + i % config.samples
+                for pair, i in rows_of_update(step, len(texts) // config.samples, config)]
         longest = mask[rows].sum(1).max()
         noise = torch.rand(len(rows), LONGEST, generator=generator(seed, "sampling", step))
         pairs = Pairs([clean[i] for i in rows], [wrapped[i] for i in rows],
