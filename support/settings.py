@@ -61,7 +61,8 @@ def with_defaults(config, model, stage, given=False):
     """The config with what depends on the model and the method filled in: the learning rate, and
     the responses that `sft` stores. given: the pairs hold a response each."""
     if config.lr is None:
-        config = replace(config, lr=(2e-5 if is_large(model) else 3e-4) * (10 if config.lora else 1))
+        rate = 2e-5 if is_large(model) else 3e-4
+        config = replace(config, lr=10 * rate if config.lora else rate)
     if config.stored is None and stage == "sft":
         config = replace(config, stored=1 if given else 4)
     return config

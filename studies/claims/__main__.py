@@ -7,11 +7,12 @@
     python -m studies.claims rest [SEEDS]         what is not taken over yet of full, or of some
                                                   seeds, such as 5,6
     python -m studies.claims cell FAMILY SEED     one cell alone, to compare with results.json
+    python -m studies.claims frontier [SEEDS]     experiment 1: six arms at equal rates
 """
 from pathlib import Path
 
 from model import ARCHITECTURES
-from studies.claims import report, results, run
+from studies.claims import frontier, report, results, run
 from studies.claims.plan import PRESETS
 from studies.study import check_preset, default_preset, parser_of
 from support.common import UserError, guarded
@@ -21,7 +22,8 @@ def main():
     parser = parser_of("claims", __doc__)
     default = default_preset()
     parser.add_argument("preset", nargs="?", default=default,
-                        help=f"smoke, quick, full, rest, report or cell (default: {default})")
+                        help="smoke, quick, full, rest, report, cell or frontier "
+                        f"(default: {default})")
     parser.add_argument("folder", nargs="?", help="report: the study to take over; cell: family; "
                         "rest: seeds")
     parser.add_argument("seed", nargs="?", type=int, help="cell: the seed")
@@ -30,6 +32,9 @@ def main():
         if args.folder not in ARCHITECTURES or args.seed is None:
             raise UserError("a cell is a family (llama, qwen2, qwen3) and a seed: cell llama 0")
         run.run_cell(args.folder, args.seed, default)
+        return
+    if args.preset == "frontier":
+        frontier.run("full", seeds_of(args.folder, frontier.FRONTIERS["full"].seeds))
         return
     if args.preset == "report":
         if args.folder:
@@ -44,9 +49,8 @@ def main():
     report.write_all(results.collect(folder, earlier(folder)), folder)
 
 
-def seeds_of(text):
+def seeds_of(text, every=PRESETS["full"].seeds):
     """5,6 -> (5, 6); None -> all. Raises UserError."""
-    every = PRESETS["full"].seeds
     if not text:
         return every
     names = set(text.split(","))
