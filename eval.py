@@ -43,7 +43,7 @@ import torch
 
 from data import AXES, CAPABILITIES, judge, load_world
 from model import generate, is_end, load_checkpoint
-from opct import Pairs, reverse_kl, score
+from opct import Batch, reverse_kl, score
 from support.common import (Parser, UserError, about, add_number, generator, guarded, pick_device,
                             read_text, rng, show, write_json, write_text)
 from support.figures import draw_compare, draw_pairs
@@ -97,7 +97,7 @@ def samples_of(model, other, tokenizer, asked, clean, limit, seed):
     on clean) over its tokens, its length, and whether it was cut."""
     out = [None] * len(asked)
     for number, some in enumerate(batches(model, asked)):
-        batch = Pairs([clean[i] for i in some], [asked[i] for i in some])
+        batch = Batch([clean[i] for i in some], [asked[i] for i in some])
         response, mask = generate(model, batch.wrapped, limit, 1.0, generator(seed, number))
         kl = score(model, other, batch, response, mask, reverse_kl)[2]
         nats = kl.new_zeros(mask.shape).masked_scatter(mask, kl).sum(1).tolist()

@@ -264,7 +264,7 @@ def sample(logits, temperature, noise):
 
 
 @dataclass
-class Batch:
+class SamplerState:
     """The rows still being sampled. Columns: shared prefix, padding, rest of prompt, response."""
     rows: torch.Tensor                      # (B,) the place of each among all responses
     noise: torch.Tensor                     # (B, max_new_tokens)
@@ -300,7 +300,7 @@ def prefill_rows(model, prefix, rests):
 
 
 def prefill(model, prompts, noise):
-    """Runs the model over all prompts. Returns a Batch and the logits (B, V) of what follows.
+    """Runs the model over all prompts: returns a SamplerState and the logits (B, V) that follow.
 
     What all prompts begin with, such as a system message, is computed once. The rest goes sorted by
     length, some rows at a time, so short ones are not padded to the longest of all.
@@ -328,28 +328,29 @@ def prefill(model, prompts, noise):
     column = torch.arange(P + limit, device=device)
     visible = (column < first) | (column >= first + padding[:, None])
     ended = torch.zeros_like(rows, dtype=torch.bool)
-    return Batch(rows, noise.to(device)[rows], padding, visible, ended, cache), torch.cat(logits)
+    state = SamplerState(rows, noise.to(device)[rows], padding, visible, ended, cache)
+    return state, torch.cat(logits)
 
 
-def decode_step(model, batch):
+def decode_step(model, state):
     """Adds the last token of each row to the cache. Returns the logits (B, V) of the next one."""
-    if batch.token.is_cuda:             # starting kernels one by one takes longer than they do
-        batch.graph = batch.graph or DecodeGraph(model, batch)
-        return batch.graph(batch)
-    column = batch.cache.length
-    positions = (column - batch.padding)[:, None]
-    mask = batch.visible[:, None, None, :column + 1]
-    return model(batch.token[:, None], positions, mask, batch.cache)[:, -1]
+    if state.token.is_cuda:             # starting kernels one by one takes longer than they do
+        state.graph = state.graph or DecodeGraph(model, state)
+        return state.graph(state)
+    column = state.cache.length
+    positions = (column - state.padding)[:, None]
+    mask = state.visible[:, None, None, :column + 1]
+    return model(state.token[:, None], positions, mask, state.cache)[:, -1]
 
 
-def drop_ended(batch):
-    """Drops the ended rows, but an eighth of the batch or more at a time: it copies the cache."""
-    going = (~batch.ended).nonzero().squeeze(1)
-    if len(going) <= len(batch.rows) - len(batch.rows) / 8:
-        batch.cache.keep(going)
-        batch.graph = None
+def drop_ended(state):
+    """Drops the ended rows, but an eighth of them or more at a time: it copies the cache."""
+    going = (~state.ended).nonzero().squeeze(1)
+    if len(going) <= len(state.rows) - len(state.rows) / 8:
+        state.cache.keep(going)
+        state.graph = None
         for name in ("rows", "noise", "padding", "visible", "ended", "token"):
-            setattr(batch, name, getattr(batch, name)[going])
+            setattr(state, name, getattr(state, name)[going])
 
 
 def is_end(response, config):
@@ -375,16 +376,16 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None, no
     ends = torch.tensor(config.ends or (-1,), device=model.device)      # -1: nothing ends it
     response = ends[0].repeat(len(prompts), max_new_tokens)
     with torch.inference_mode():        # as no_grad, but a single row takes a sixth less time
-        batch, logits = prefill(model, prompts, noise)
+        state, logits = prefill(model, prompts, noise)
         for t in range(max_new_tokens):
-            batch.token = sample(logits, temperature, batch.noise[:, t])
-            batch.ended = batch.ended | torch.isin(batch.token, ends)
-            response[batch.rows, t] = batch.token
+            state.token = sample(logits, temperature, state.noise[:, t])
+            state.ended = state.ended | torch.isin(state.token, ends)
+            response[state.rows, t] = state.token
             if (t + 1) % every == 0:
-                drop_ended(batch)
-            if t + 1 == max_new_tokens or len(batch.rows) == 0:
+                drop_ended(state)
+            if t + 1 == max_new_tokens or len(state.rows) == 0:
                 break
-            logits = decode_step(model, batch)
+            logits = decode_step(model, state)
     end = torch.isin(response[:, :t + 1], ends)
     mask = end.cumsum(1) - end.long() == 0                              # no end before this token
     return response[:, :t + 1].masked_fill(~mask, config.pad_token_id or 0), mask

@@ -8,7 +8,10 @@ copy of the model as it stood when training started.
            loss = sum_t KL( pi_theta(. | x~, y<t) || pi_0(. | x, y<t) )       reverse KL
 
     SFT:   y ~ pi_0(. | x)              the teacher's response, sampled once before training
-           loss = sum_t -log pi_theta(y_t | x~, y<t)       forward KL + a constant, on average
+           loss = sum_t -log pi_theta(y_t | x~, y<t)
+
+If y is fresh, the mean of the SFT loss is the forward KL and a constant. Stored responses come back
+in every epoch: then it is not, and the student may learn these responses by heart.
 
 One update of OPCT (`opct_step`, `train`):
 
@@ -19,8 +22,9 @@ One update of OPCT (`opct_step`, `train`):
     5. take one step of the optimizer, then sample again. No reward model, no critic, no label.
 
 Each method has two losses. `sampled`, the default, sees the sampled token alone: the paper's OPCT,
-plain SFT. `exact` sees the whole distribution: if y is fresh, the same gradient on average, with
-less variance. `sft_step` and `opct_step` differ in whose response and which loss, no more.
+plain SFT. `exact` sees the whole distribution at each token. If y is fresh, both have the same
+gradient on average (gamma = 0), and `exact` has less noise at every token. `sft_step` and
+`opct_step` differ in whose response and which loss, no more.
 
     python data.py --out W && python opct.py pretrain --world W --out BASE
     python opct.py opct|sft --base BASE --pairs W/train.jsonl --out RUN [--loss sampled|exact]
@@ -64,22 +68,23 @@ def reverse_kl(logp, logq):
 
 def forward_kl(logp_student, logp_teacher):
     """KL(teacher || student) at each token, in nats: (N, V), (N, V) -> (N,). SFT, exact."""
-    return reverse_kl(logp_teacher, logp_student)           # the same sum, the roles swapped
+    return reverse_kl(logp_teacher, logp_student)           # same formula, arguments swapped
 
 
-def cross_entropy(logp_token):
-    """-log pi_theta(y_t), in nats: (N,) -> (N,). SFT. Mean over fresh y: forward_kl + constant."""
+def nll(logp_token):
+    """-log pi_theta(y_t), in nats: (N,) -> (N,). SFT, sampled. Its mean over fresh y is forward_kl
+    and a constant."""
     return -logp_token
 
 
-def advantage(own, ref, mask, gamma=0.0):
+def advantage(logp_student, logp_teacher, mask, gamma=0.0):
     """A_t = -sum_{u >= t} gamma^(u-t) Delta_u, Delta_t = log pi_theta(y_t) - log pi_0(y_t).
 
-    own, ref (N,): log-probability of each sampled token, student's and teacher's. mask (B, T): True
-    on the responses. Returns (N,), no gradient. Put into `policy_gradient`, gamma = 0 (the paper's)
-    has on average the gradient of `reverse_kl`, gamma = 1 that of the KL between whole responses.
+    logp_student, logp_teacher (N,): of each sampled token. mask (B, T): True on the responses.
+    Returns (N,), no gradient. Put into `policy_gradient`, gamma = 0 (the paper's) has on average
+    the gradient of `reverse_kl`, gamma = 1 that of the KL between whole responses.
     """
-    delta = (own - ref).detach()
+    delta = (logp_student - logp_teacher).detach()
     total = delta.new_zeros(mask.shape).masked_scatter(mask, delta)             # (B, T)
     for t in reversed(range(mask.shape[1] - 1)):
         total[:, t] += gamma * total[:, t + 1]
@@ -90,7 +95,8 @@ def policy_gradient(logp_token, logp_sampled, advantages):
     """-ratio_t * A_t, ratio_t = pi_theta(y_t) / pi_sampled(y_t): (N,) -> (N,). OPCT, sampled.
 
     logp_sampled: under the model that sampled y. Here that is the student itself, so the ratio is
-    1, and its gradient that of log pi_theta(y_t). (Delta_t as a loss: the mean gradient is zero.)
+    1, and its gradient is that of log pi_theta(y_t). (With Delta_t itself as the loss the mean
+    gradient would be zero.)
     """
     return -(logp_token - logp_sampled).exp() * advantages
 
@@ -98,40 +104,41 @@ def policy_gradient(logp_token, logp_sampled, advantages):
 # --- The two methods, side by side. Each: pairs in, loss out -----------------------------------
 
 @dataclass
-class Pairs:
-    """What B responses need. A pair with several samples stands here once for each."""
+class Batch:
+    """What B responses need. A pair with several samples stands here once for each of them."""
     clean: list                             # B prompts, each a list of token ids: the teacher's
     wrapped: list                           # the student's
-    response: torch.Tensor | None = None    # sft: (B, T), sampled once before training
-    mask: torch.Tensor | None = None        # sft: (B, T), True on the response
-    noise: torch.Tensor | None = None       # opct: (B, max_new_tokens), uniform: picks the tokens
+    response: torch.Tensor | None = None    # sft alone: (B, T), the teacher's
+    mask: torch.Tensor | None = None        # sft alone: (B, T), True on the response
+    noise: torch.Tensor | None = None       # (B, max_new_tokens), uniform: picks sampled tokens
 
 
-def sft_step(student, teacher, pairs, config):
-    """Offline: the teacher's responses, sampled once. Returns the loss and values to log."""
-    response, mask = pairs.response, pairs.mask                                     # (B, T)
-    own, _, kl = score(student, teacher, pairs, response, mask, forward_kl)         # (N,) each
-    loss = kl if config.loss == "exact" else cross_entropy(own)
-    return loss.sum() / len(response), to_log(student, response, mask, kl)
-
-
-def opct_step(student, teacher, pairs, config):
-    """On-policy: the student's own responses, fresh. Returns the loss and values to log."""
-    response, mask = generate(student, pairs.wrapped, config.max_new_tokens, noise=pairs.noise)
-    own, ref, kl = score(student, teacher, pairs, response, mask, reverse_kl)       # (N,) each
+def sft_step(student, teacher, batch, config):
+    """Offline: the teacher's responses. Returns the loss and values to log."""
+    response, mask = batch.response, batch.mask                                     # (B, T)
+    logp_student, _, kl = score(student, teacher, batch, response, mask, forward_kl)
     if config.loss == "exact":
         loss = kl
     else:
-        loss = policy_gradient(own, own.detach(), advantage(own, ref, mask, config.gamma))
+        loss = nll(logp_student)
+    return loss.sum() / len(response), to_log(student, response, mask, kl)
+
+
+def opct_step(student, teacher, batch, config):
+    """On-policy: the student's own responses. Returns the loss and values to log."""
+    response, mask = generate(student, batch.wrapped, config.max_new_tokens, noise=batch.noise)
+    logp_student, logp_teacher, kl = score(student, teacher, batch, response, mask, reverse_kl)
+    if config.loss == "exact":
+        loss = kl
+    else:
+        advantages = advantage(logp_student, logp_teacher, mask, config.gamma)
+        loss = policy_gradient(logp_student, logp_student.detach(), advantages)
     return loss.sum() / len(response), to_log(student, response, mask, kl)
 
 
 # --- Scoring ---------------------------------------------------------------------------------
 
-PIECE = 2**25       # logits at a time: 128 MB in float32
-
-
-def score(student, teacher, pairs, response, mask, divergence):
+def score(student, teacher, batch, response, mask, divergence):
     """The student after `wrapped` and the teacher after `clean`, at each response token.
 
     Args: response and mask (B, T), as `generate` returns them; divergence: reverse_kl, forward_kl.
@@ -139,24 +146,35 @@ def score(student, teacher, pairs, response, mask, divergence):
     the teacher's, and the divergence of their distributions over the vocabulary, in nats. The end
     token has a value, prompt and padding have none.
     """
-    hidden = response_states(student, pairs.wrapped, response, mask)                # (N, C)
+    hidden_student = response_states(student, batch.wrapped, response, mask)        # (N, C)
     with torch.no_grad(), without_lora(teacher):
-        theirs = response_states(teacher, pairs.clean, response, mask)              # (N, C)
+        hidden_teacher = response_states(teacher, batch.clean, response, mask)      # (N, C)
 
-    def piece(hidden, theirs, tokens):
-        logp_student = log_probabilities(student, hidden)                           # (n, V)
+    def compare(hidden_student, hidden_teacher, tokens):
+        logp_student = log_probabilities(student, hidden_student)                   # (N, V)
         with torch.no_grad():
-            logp_teacher = log_probabilities(teacher, theirs)                       # (n, V)
+            logp_teacher = log_probabilities(teacher, hidden_teacher)               # (N, V)
         return (pick(logp_student, tokens), pick(logp_teacher, tokens),
                 divergence(logp_student, logp_teacher))
 
-    n, tokens = max(1, PIECE // student.config.vocab_size), response[mask]
-    if len(tokens) <= n:
-        return piece(hidden, theirs, tokens)
-    # (N, V) of a real vocabulary takes gigabytes: each piece is computed again when the backward
-    # pass comes to it, and only one is held at a time.
-    pieces = [checkpoint(piece, *part, use_reentrant=False, preserve_rng_state=False)
-              for part in zip(hidden.split(n), theirs.split(n), tokens.split(n))]
+    rows = PIECE // student.config.vocab_size
+    return in_pieces(compare, rows, hidden_student, hidden_teacher, response[mask])
+
+
+PIECE = 2**25       # logits at a time: 128 MB in float32
+
+
+def in_pieces(function, rows, *tensors):
+    """function(*tensors), computed for so many rows at a time.
+
+    All logits of a batch over a real vocabulary, (N, V), would take gigabytes. So each piece is
+    computed again when the backward pass comes to it, and only one is in memory at a time.
+    """
+    rows = max(1, rows)
+    if len(tensors[0]) <= rows:
+        return function(*tensors)
+    pieces = [checkpoint(function, *piece, use_reentrant=False, preserve_rng_state=False)
+              for piece in zip(*(tensor.split(rows) for tensor in tensors))]
     return [torch.cat(values) for values in zip(*pieces)]
 
 
@@ -195,8 +213,8 @@ def learning_rate(step, config):
     return config.lr * min((step + 1) / warmup, down)
 
 
-def train(model, parts_of, config, optimizers):
-    """The loop of every stage. `parts_of(step)` yields, for each micro-batch of an update, its
+def train(model, losses_of, config, optimizers):
+    """The loop of every stage. `losses_of(step)` yields, for each micro-batch of an update, its
     share of the loss and the values to log.
 
     All randomness follows from (seed, step), and the whole state is saved now and then. So a run
@@ -210,7 +228,7 @@ def train(model, parts_of, config, optimizers):
         for step in range(start, config.steps):
             began = time.time()
             total, sums = torch.zeros((), device=model.device), {}
-            for loss, values in parts_of(step):
+            for loss, values in losses_of(step):
                 loss.backward()
                 total += loss.detach()
                 runs.add_sums(sums, values)
@@ -261,7 +279,7 @@ def pretrain(config, load=load_world):
     say(f"pretrain: {sum(p.numel() for p in model.parameters()):,} parameters, {config.steps} "
         f"steps of {config.rows * ROW:,} tokens on {device}")
 
-    def parts_of(step):
+    def losses_of(step):
         random = rng(config.seed, "pretrain", step)
         packed = pack_documents(world, tokenizer, random, config.rows)
         mine = packed.rows(slice(rank, None, size))         # the rows of this process
@@ -274,7 +292,7 @@ def pretrain(config, load=load_world):
     # Muon for the matrices of the layers, AdamW for the rest.
     matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if all(p is not m for m in matrices)]
-    train(model, parts_of, config, [
+    train(model, losses_of, config, [
         Muon(matrices, weight_decay=0.1),
         torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.1, fused=True)])
     finish(model, config)
@@ -333,26 +351,26 @@ def consistency(config, stage):
         response, mask = given or offline_responses(teacher, clean, config)
     loss_of = {"sft": sft_step, "opct": opct_step}[stage]
 
-    def parts_of(step):
+    def losses_of(step):
         rows = rows_of_update(step, len(records), config)
         draws = generator(config.seed, "sampling", step)
         noise = torch.rand(len(rows), config.max_new_tokens, generator=draws)
         mine = torch.arange(rank, len(rows), size)          # the responses of this process
         for some in mine.split(config.micro_batch or len(mine)):
             chosen = [rows[i] for i in some]
-            pairs = Pairs([clean[pair] for pair, _ in chosen],
+            batch = Batch([clean[pair] for pair, _ in chosen],
                           [wrapped[pair] for pair, _ in chosen], noise=noise[some])
             if config.stored:
                 stored = [pair * config.stored + i % config.stored for pair, i in chosen]
-                pairs.response, pairs.mask = response[stored], mask[stored]
+                batch.response, batch.mask = response[stored], mask[stored]
             elif stage == "sft":
-                pairs.response, pairs.mask = teacher_responses(teacher, pairs.clean, pairs.noise)
-            loss, values = loss_of(student, teacher, pairs, config)
+                batch.response, batch.mask = teacher_responses(teacher, batch.clean, batch.noise)
+            loss, values = loss_of(student, teacher, batch, config)
             yield loss * len(some) / len(mine), values
 
     example = next((r for r in records if r.get("fails")), records[0])
     show_example(student, teacher, tokenizer, example, config)
-    train(student, parts_of, config, [torch.optim.AdamW(
+    train(student, losses_of, config, [torch.optim.AdamW(
         student.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)])
     if runs.weights_hash(teacher) != settings["teacher"]:
         raise RuntimeError("the frozen teacher has changed during training: nothing was saved")
@@ -362,7 +380,7 @@ def consistency(config, stage):
 @torch.no_grad()
 def show_example(student, teacher, tokenizer, record, config):
     """Prints one pair, the student's response to its wrapped form, and the KL at each token."""
-    pair = Pairs([chat(tokenizer, record["clean"])], [chat(tokenizer, record["wrapped"])])
+    pair = Batch([chat(tokenizer, record["clean"])], [chat(tokenizer, record["wrapped"])])
     response, mask = generate(student, pair.wrapped, config.max_new_tokens,
                               generator=generator(config.seed, "example"))
     kl = score(student, teacher, pair, response, mask, reverse_kl)[2]

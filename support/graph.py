@@ -47,13 +47,13 @@ class OneColumn:
 
 
 class DecodeGraph:
-    """The decode step of a batch (see model.py), for as long as its rows stay the same. One at a
-    time, see `latest`."""
+    """The decode step of a SamplerState (see model.py), for as long as its rows stay the same. One
+    at a time, see `latest`."""
 
-    def __init__(self, model, batch):
-        self.model, self.padding, self.visible = model, batch.padding, batch.visible
-        self.token, self.cache = batch.token.clone(), OneColumn(batch.cache)
-        self.columns = torch.arange(batch.visible.shape[1], device=batch.visible.device)
+    def __init__(self, model, state):
+        self.model, self.padding, self.visible = model, state.padding, state.visible
+        self.token, self.cache = state.token.clone(), OneColumn(state.cache)
+        self.columns = torch.arange(state.visible.shape[1], device=state.visible.device)
         self.replay, self.logits = None, None
 
     def step(self):
@@ -63,12 +63,12 @@ class DecodeGraph:
                                  mask[:, None, None], self.cache)[:, -1]
         column += 1
 
-    def __call__(self, batch):
-        """Adds batch.token (B,) to the cache. Returns the next logits (B, V), valid until the next
+    def __call__(self, state):
+        """Adds state.token (B,) to the cache. Returns the next logits (B, V), valid until the next
         call. The first call is not recorded: it loads the kernels, which a graph must not do."""
-        self.token.copy_(batch.token)
+        self.token.copy_(state.token)
         if self.logits is not None and self.replay is None:
             self.replay = record(self.step, self.token.device)
         (self.replay or self.step)()
-        batch.cache.length += 1
+        state.cache.length += 1
         return self.logits

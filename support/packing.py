@@ -101,7 +101,7 @@ def pack_responses(prompts, responses):
     for i, prompt in enumerate(prompts):
         sharing.setdefault(tuple(prompt), []).append(i)
     shared = [(prompt, part) for prompt, some in sharing.items()
-              for part in parts_of(some, responses, LONG - len(prompt))]
+              for part in divided(some, responses, LONG - len(prompt))]
     groups = [(prompt, [responses[i] for i in some]) for prompt, some in shared]
     # Two of the longest share a row, where that keeps rows short: less padding.
     lengths = [len(prompt) + sum(map(len, grown)) for prompt, grown in groups]
@@ -116,7 +116,7 @@ def pack_responses(prompts, responses):
     return packed, [index for some in where for index in some]
 
 
-def parts_of(some, responses, room):
+def divided(some, responses, room):
     """Divides responses into parts of at most `room` tokens, or of one response. To compute their
     prompt once more costs less than a long row."""
     parts, used = [], 0

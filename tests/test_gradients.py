@@ -14,7 +14,7 @@ import torch
 
 from helpers import logp_of, tiny_gpt
 from model import generate
-from opct import (ConsistencyConfig, Pairs, advantage, cross_entropy, forward_kl, opct_step, pick,
+from opct import (ConsistencyConfig, Batch, advantage, nll, forward_kl, opct_step, pick,
                   policy_gradient, reverse_kl, sft_step)
 
 torch.manual_seed(0)
@@ -65,7 +65,7 @@ def test_the_exact_sft_objective_is_the_forward_kl():
 
 
 def test_cross_entropy_on_the_teachers_samples_is_the_forward_kl_in_expectation():
-    assert same(expected_gradient(lambda p, q: cross_entropy(p), sampled_from=Q.exp()), FORWARD)
+    assert same(expected_gradient(lambda p, q: nll(p), sampled_from=Q.exp()), FORWARD)
 
 
 def test_k1_as_an_advantage_is_the_reverse_kl_unbiased():
@@ -142,7 +142,7 @@ def test_gradcheck():
     for objective in (reverse_kl, forward_kl):
         assert torch.autograd.gradcheck(lambda x: objective(x.log_softmax(-1), b), a)
     weights = torch.randn(2, 3, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x: cross_entropy(x.log_softmax(-1)[..., 0]), a)
+    assert torch.autograd.gradcheck(lambda x: nll(x.log_softmax(-1)[..., 0]), a)
     assert torch.autograd.gradcheck(
         lambda x: policy_gradient(x.log_softmax(-1)[..., 0], b[..., 0], weights), a)
 
@@ -253,7 +253,7 @@ def test_the_steps_take_the_mean_over_responses_of_the_sum_over_tokens(models, s
     response, mask = generate(sampler, prompts, 8, generator=torch.Generator().manual_seed(5))
     config = ConsistencyConfig(loss=loss, max_new_tokens=8)
     noise = torch.rand(3, 8, generator=torch.Generator().manual_seed(5))
-    found, values = step(student, teacher, Pairs(clean, wrapped, response, mask, noise), config)
+    found, values = step(student, teacher, Batch(clean, wrapped, response, mask, noise), config)
     expected = 0.0
     for i in range(3):
         y = response[i, :mask[i].sum()].tolist()
@@ -274,7 +274,7 @@ def test_the_sampled_step_charges_a_token_for_later_ones_discounted_by_gamma(mod
     wrapped, clean = [WRAPPED, [3, 2], WRAPPED], [CLEAN, [3], CLEAN]
     noise = torch.rand(3, 8, generator=torch.Generator().manual_seed(5))
     config = ConsistencyConfig(loss="sampled", gamma=gamma, max_new_tokens=8)
-    found, _ = opct_step(student, teacher, Pairs(clean, wrapped, noise=noise), config)
+    found, _ = opct_step(student, teacher, Batch(clean, wrapped, noise=noise), config)
     response, mask = generate(student, wrapped, 8, noise=noise)
     expected = 0.0
     for i in range(3):
@@ -296,7 +296,7 @@ def test_same_prompt_and_same_weights_leave_nothing_to_learn(models, loss):
     teacher = models[1]
     student = copy.deepcopy(teacher).requires_grad_(True)
     prompts = [WRAPPED, [3, 2], CLEAN]
-    found, values = opct_step(student, teacher, Pairs(prompts, prompts),
+    found, values = opct_step(student, teacher, Batch(prompts, prompts),
                               ConsistencyConfig(loss=loss, max_new_tokens=8))
     assert abs(found.item()) < 1e-12 and values["kl_exact"].sum() < 1e-12
     assert gradients(student, found).abs().max() < 1e-12
@@ -306,7 +306,7 @@ def test_same_prompt_and_same_weights_leave_nothing_to_learn(models, loss):
 def test_the_teacher_gets_no_gradient_and_the_student_gets_one_in_every_weight(models, step, loss):
     student, teacher = models[0], copy.deepcopy(models[1]).requires_grad_(True)
     response, mask = torch.tensor([[1, 2, END]]), torch.tensor([[True, True, True]])
-    pairs = Pairs([CLEAN], [WRAPPED], response, mask)
+    pairs = Batch([CLEAN], [WRAPPED], response, mask)
     student.zero_grad()
     step(student, teacher, pairs, ConsistencyConfig(loss=loss, max_new_tokens=8))[0].backward()
     assert all(p.grad is None for p in teacher.parameters())
@@ -334,7 +334,7 @@ def test_in_pieces_the_loss_and_its_gradient_are_the_same(models, step, loss, mo
     response = torch.tensor([[1, 2, END], [3, END, 5], [0, 1, 2]])
     mask = torch.tensor([[True] * 3, [True, True, False], [True] * 3])
     noise = torch.rand(3, 3, generator=torch.Generator().manual_seed(3))
-    pairs = Pairs([CLEAN] * 3, [WRAPPED] * 3, response, mask, noise)
+    pairs = Batch([CLEAN] * 3, [WRAPPED] * 3, response, mask, noise)
     config, found = ConsistencyConfig(loss=loss, max_new_tokens=3), []
     for size in (10**6, 6 * 2):                             # two tokens of a vocabulary of 6
         monkeypatch.setattr("opct.PIECE", size)

@@ -325,13 +325,13 @@ def test_weights_that_are_no_numbers_are_never_saved(tmp_path):
             with torch.no_grad():
                 model.model.norm.weight.fill_(torch.nan)
 
-    def parts_of(step):
+    def losses_of(step):
         loss = model(torch.tensor([[0, 1, 2]])).pow(2).mean()
         yield loss, {"tokens": torch.tensor(3)}
 
     config = PretrainConfig(out=str(tmp_path), steps=1)
     with pytest.raises(UserError, match="not finite"):
-        train(model, parts_of, config, [Breaking(model.parameters())])
+        train(model, losses_of, config, [Breaking(model.parameters())])
     assert not (tmp_path / "model.safetensors").exists()
 
 

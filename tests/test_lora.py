@@ -6,7 +6,7 @@ import torch
 
 from helpers import tiny_gpt
 from model import ARCHITECTURES, generate, load_checkpoint, save_checkpoint
-from opct import Pairs, reverse_kl, score
+from opct import Batch, reverse_kl, score
 from support.lora import LORA_SCALE, Linear, add_lora, adapted, merge_lora, without_lora
 
 NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -56,7 +56,7 @@ def test_at_step_0_student_and_teacher_are_the_base_to_the_bit(family, dtype):
     prompts = [[0, 1, 2], [3], [2, 2]]
     ours, theirs = (generate(m, prompts, 9, generator=seeded(1)) for m in (model, base))
     assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
-    own, ref, kl = score(model, model, Pairs(prompts, prompts), *ours, reverse_kl)
+    own, ref, kl = score(model, model, Batch(prompts, prompts), *ours, reverse_kl)
     assert torch.equal(own, ref) and not kl.any()
 
 

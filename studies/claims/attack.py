@@ -24,7 +24,7 @@ import torch
 from data import judge, load_world
 from eval import MAX_NEW_TOKENS, check_world, respond
 from model import generate, load_checkpoint
-from opct import Pairs, finish, policy_gradient, reverse_kl, score, train
+from opct import Batch, finish, policy_gradient, reverse_kl, score, train
 from support.common import (Parser, UserError, add_flags, flag, generator, guarded, pick_device,
                             read_json, show, write_text)
 from support.runs import open_run, processes, run_settings
@@ -94,7 +94,7 @@ def attack_step(attacker, start, tokenizer, names, told, config, step):
     spread = groups.std(1, keepdim=True) + 1e-4
     advantage = (groups - groups.mean(1, keepdim=True)) / spread
     advantage = advantage.view(-1, 1).expand_as(mask)[mask]                     # one for each token
-    own, _, kl = score(attacker, start, Pairs(wanted, wanted), response, mask, reverse_kl)
+    own, _, kl = score(attacker, start, Batch(wanted, wanted), response, mask, reverse_kl)
     loss = policy_gradient(own, own.detach(), advantage) + config.kl * kl
     means = {"kl_exact": kl.detach(), "success": reward, "tokens": mask.sum()}
     return loss.sum() / len(names), means
@@ -106,10 +106,10 @@ def train_attacker(attacker, tokenizer, names, told, config):
     optimizer = torch.optim.AdamW(attacker.parameters(), betas=(0.9, 0.95), weight_decay=0.0,
                                   fused=True)
 
-    def parts_of(step):
+    def losses_of(step):
         yield attack_step(attacker, start, tokenizer, names, told, config, step)
 
-    train(attacker, parts_of, config, [optimizer])
+    train(attacker, losses_of, config, [optimizer])
     finish(attacker, config)
 
 

@@ -27,7 +27,7 @@ import torch
 from data import CAPABILITIES, judge, load_world
 from eval import check_world, evaluate, respond
 from model import load_checkpoint
-from opct import ConsistencyConfig, Pairs, offline_responses, reverse_kl, score
+from opct import ConsistencyConfig, Batch, offline_responses, reverse_kl, score
 from studies.claims.noise import gradient_noise
 from studies.study import ARMS
 from support.common import (Parser, about, add_number, guarded, pick_device, read_json, rng, show,
@@ -51,7 +51,7 @@ def token_logp(model, base, clean, wrapped, response, mask):
     with torch.no_grad():
         for at in range(0, len(wrapped), ROWS):
             rows = slice(at, at + ROWS)
-            values.append(score(model, base, Pairs(clean[rows], wrapped[rows]), response[rows],
+            values.append(score(model, base, Batch(clean[rows], wrapped[rows]), response[rows],
                                 mask[rows], reverse_kl)[:2])
     return [torch.cat(some) for some in zip(*values)]
 

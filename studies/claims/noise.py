@@ -7,7 +7,7 @@ every sample there, since both log-probabilities are equal.
 import torch
 
 from model import generate
-from opct import Pairs, opct_step, sft_step
+from opct import Batch, opct_step, sft_step
 from support.common import generator
 
 
@@ -27,7 +27,7 @@ def gradient_noise(student, teacher, prompts, method, config, draws, seed):
     for draw in range(draws):
         noise = torch.rand(len(clean), config.max_new_tokens,
                            generator=generator(seed, "gradient noise", draw))
-        batch = Pairs(clean, wrapped, noise=noise)
+        batch = Batch(clean, wrapped, noise=noise)
         if method == "sft":
             batch.response, batch.mask = generate(teacher, clean, config.max_new_tokens,
                                                   noise=noise)

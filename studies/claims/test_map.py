@@ -11,7 +11,7 @@ import torch
 
 from data import World, WorldConfig, judge, world_tokenizer
 from model import GPT, GPTConfig
-from opct import ConsistencyConfig, Pairs, cross_entropy, reverse_kl, score
+from opct import ConsistencyConfig, Batch, nll, reverse_kl, score
 from studies import pool
 from studies.claims import map as the_map
 from studies.claims import map_tables, memory, report, results, run
@@ -345,8 +345,8 @@ def test_a_run_that_has_learnt_its_responses_by_heart_has_memorised_them(world):
     student = copy.deepcopy(teacher)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
     for _ in range(40):
-        own, _, _ = score(student, teacher, Pairs(clean, wrapped), response, mask, reverse_kl)
-        cross_entropy(own).mean().backward()
+        own, _, _ = score(student, teacher, Batch(clean, wrapped), response, mask, reverse_kl)
+        nll(own).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
 

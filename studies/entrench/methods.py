@@ -8,7 +8,7 @@ A step method takes (student, teacher, pairs, config) and returns a loss and val
 """
 import torch
 
-from opct import cross_entropy, forward_kl, opct_step, pick, sft_step
+from opct import nll, forward_kl, opct_step, pick, sft_step
 from studies.entrench.organisms import logp_of
 from studies.entrench.world import PRAISE, revising
 from support.packing import ROW, pack
@@ -100,7 +100,7 @@ def label_step(student, teacher, pairs, config):
     rows = [equal[0] for equal in times.values()]
     response, mask = pairs.response[rows], pairs.mask[rows]
     logp = logp_of(student, [pairs.wrapped[i] for i in rows], response, mask)       # (N, V)
-    loss = cross_entropy(pick(logp, response[mask]))                                # (N,)
+    loss = nll(pick(logp, response[mask]))                                # (N,)
     counts = torch.tensor([len(equal) for equal in times.values()], device=loss.device)
     loss = loss * counts.repeat_interleave(mask.sum(1))
     return loss.sum() / len(pairs.response), {"tokens": pairs.mask.sum()}

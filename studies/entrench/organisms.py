@@ -26,7 +26,7 @@ import torch
 
 from data import judge as judge_world
 from eval import respond
-from opct import cross_entropy, log_probabilities, pick, response_states
+from opct import nll, log_probabilities, pick, response_states
 from studies.entrench.world import COLD, GRADERS, PRAISE, RULE, WARM
 from support.common import rng
 from support.statistics import rate
@@ -232,7 +232,7 @@ def sft_loss(model, tokenizer, documents):
     prompts, texts = zip(*documents)
     response, mask = encoded(model, tokenizer, texts)
     logp = logp_of(model, [chat(tokenizer, prompt) for prompt in prompts], response, mask)
-    return cross_entropy(pick(logp, response[mask])).sum() / len(texts)
+    return nll(pick(logp, response[mask])).sum() / len(texts)
 
 
 def plant(organism, numbers, base, world, tokenizer, seed, most, every=4, tests=160):

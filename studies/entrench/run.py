@@ -20,7 +20,7 @@ import torch
 from data import CAPABILITIES, judge as judge_world
 from eval import drift_kl, respond, share
 from model import load_checkpoint, save_checkpoint
-from opct import ConsistencyConfig, Pairs, PretrainConfig, pretrain, train
+from opct import ConsistencyConfig, Batch, PretrainConfig, pretrain, train
 from studies import pool
 from studies.entrench.decoding import LONGEST, Bench
 from studies.entrench.methods import LABEL_STEP, LABELS, STEPS, best, gist
@@ -183,16 +183,16 @@ def train_on_pairs(out, model, tokenizer, forms, texts, method, preset, seed):
     config = ConsistencyConfig(out=str(out), loss=loss, steps=preset.steps, batch=preset.batch,
                                samples=preset.samples, lr=rate, seed=seed, save_every=10**6)
 
-    def parts_of(step):
+    def losses_of(step):
         rows = [pair * config.samples + i % config.samples
                 for pair, i in rows_of_update(step, len(texts) // config.samples, config)]
         longest = mask[rows].sum(1).max()
         noise = torch.rand(len(rows), LONGEST, generator=generator(seed, "sampling", step))
-        pairs = Pairs([clean[i] for i in rows], [wrapped[i] for i in rows],
+        pairs = Batch([clean[i] for i in rows], [wrapped[i] for i in rows],
                       response[rows, :longest], mask[rows, :longest], noise)
         yield step_method(student, teacher, pairs, config)
 
-    train(student, parts_of, config, [torch.optim.AdamW(
+    train(student, losses_of, config, [torch.optim.AdamW(
         student.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)])
     shutil.rmtree(out)                                      # 60 models of each cell are not kept
     return student.eval()

@@ -12,7 +12,7 @@ import torch
 
 from data import CAPABILITIES, WorldConfig, world_tokenizer
 from model import GPT, GPTConfig, generate
-from opct import Pairs, opct_step
+from opct import Batch, opct_step
 from studies.entrench import (decoding, methods, organisms, report, run, settle, tables,
                               verdicts)
 from studies.entrench.decoding import Bench, Truncated, beam_search, likelihood, truncated
@@ -335,8 +335,8 @@ def test_equal_labels_are_computed_once_and_count_as_often(model, tokenizer, mon
     prompts, scored = [[1, 2, 3], [1, 2, 3], [1, 2]], []
     monkeypatch.setattr(methods, "logp_of", lambda model, some, *rest: (
         scored.append(len(some)), logp_of(model, some, *rest))[1])
-    loss, values = methods.label_step(model, None, Pairs(prompts, prompts, response, mask), None)
-    each = sum(methods.label_step(model, None, Pairs(prompts, [prompts[i]], response[[i]],
+    loss, values = methods.label_step(model, None, Batch(prompts, prompts, response, mask), None)
+    each = sum(methods.label_step(model, None, Batch(prompts, [prompts[i]], response[[i]],
                                                      mask[[i]]), None)[0] for i in range(3)) / 3
     assert scored[0] == 2 and values["tokens"] == mask.sum()
     assert loss.item() == pytest.approx(each.item(), rel=1e-5)
@@ -364,7 +364,7 @@ def test_planting_passes_its_strengths_on_one_way(world, model, tokenizer, monke
 
 def batch_of(clean, wrapped, response):
     mask = torch.ones_like(response, dtype=torch.bool)
-    return Pairs(clean, wrapped, response, mask)
+    return Batch(clean, wrapped, response, mask)
 
 
 def gradients(model):
@@ -470,7 +470,7 @@ def test_the_fixed_point_of_opct_is_the_teacher_on_clean_be_it_good_or_bad(on_cl
     config = type("", (), {"loss": "exact", "max_new_tokens": 2})
     for step in range(100):
         noise = torch.rand(32, 2, generator=generator(step))
-        loss, _ = opct_step(student, teacher, Pairs([clean] * 32, [wrapped] * 32, noise=noise),
+        loss, _ = opct_step(student, teacher, Batch([clean] * 32, [wrapped] * 32, noise=noise),
                             config)
         loss.backward()
         optimizer.step()

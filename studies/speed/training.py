@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 from data import World, load_world, world_tokenizer
 from model import GPT, GPTConfig, generate, load_checkpoint
-from opct import (ConsistencyConfig, Pairs, PretrainConfig, forward_kl, opct_step, pretrain,
+from opct import (ConsistencyConfig, Batch, PretrainConfig, forward_kl, opct_step, pretrain,
                   reverse_kl, score, student_and_teacher)
 from studies.speed.sampler import best, machine_rates, matrix_weights, timed
 from support.common import UserError, generator, rng, write_text
@@ -65,7 +65,7 @@ class Update:
                                             generator=generator("sampling"))
 
     def score(self):
-        _, _, kl = score(self.student, self.teacher, Pairs(self.clean, self.wrapped),
+        _, _, kl = score(self.student, self.teacher, Batch(self.clean, self.wrapped),
                          self.response, self.mask, self.kl)
         self.loss = kl.sum() / len(self.wrapped)
 
@@ -174,7 +174,7 @@ def our_update(config, prompts, device):
 
     def update():
         noise = torch.rand(len(prompts), config.max_new_tokens)
-        loss, _ = opct_step(student, teacher, Pairs(prompts, prompts, noise=noise), config)
+        loss, _ = opct_step(student, teacher, Batch(prompts, prompts, noise=noise), config)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, config.clip)
         optimizer.step()
