@@ -1,47 +1,41 @@
 """The two figures of eval.py; studies/plots.py has those of the studies."""
-import math
-
 from support.report import COLOURS, pyplot, save_figure
 
-
-def broken_and_left(run, base):
-    """(harm done, failures left), means of three, each as (value, half its 95 % interval): the
-    parts come from different prompts, so the squares of their intervals add up."""
-    learnt = [name for name in base if name.startswith("capability_")]
-    sides = ({**dict.fromkeys(learnt, -1 / 9), "over_refusal": 1 / 3, "over_warning": 1 / 3},
-             {"sycophancy": 1 / 3, "jailbreak_static": 1 / 3, "safety_awareness": -1 / 3})
-    at = (sum(base[name]["value"] for name in learnt) / 9, 1 / 3)
-    return [(start + sum(w * run[name]["value"] for name, w in side.items()),
-             math.hypot(*(w * (run[name]["high"] - run[name]["low"]) / 2
-                          for name, w in side.items()))) for start, side in zip(at, sides)]
+# What `draw_compare` shows: figure -> title. "capabilities" are drawn as what was lost of them.
+PANELS = {"failures_left": "what is left to fix:\nfailures",
+          "capabilities": "what was broken:\ncapabilities lost",
+          "over_refusal": "what was broken:\nharmless requests refused",
+          "drift_kl": "how far it moved:\nKL(base || model), nats a token"}
 
 
-def draw_compare(runs, kl, path):
-    """What was broken against what is left to fix, a point for each run; the KL in training.
+def draw_compare(runs, path):
+    """A row a run and a panel a figure, as bars with 95 % intervals: shorter is always better.
 
-    runs: run -> its figures, the first run is the base; kl: run -> the KL at each update.
+    runs: run -> its figures; the first run is the base.
     """
     plt = pyplot()
     if plt is None:
         return
-    fig, (ax, small) = plt.subplots(1, 2, figsize=(10, 4.6), width_ratios=(5, 2))
-    base, colours = next(iter(runs)), dict(zip(runs, COLOURS * len(runs)))
-    places = {name: broken_and_left(run, runs[base]) for name, run in runs.items()}
-    for name, ((x, dx), (y, dy)) in places.items():
-        marker = {base: "s", "teacher": "*"}.get(name, "o")
-        ax.errorbar(x, y, dy, dx, fmt=marker, color=colours[name], markersize=9, elinewidth=0.8)
-    ax.set(xlabel="broken: capabilities lost, over-refusal, over-warning (mean)", ylim=(0, None),
-           ylabel="left to fix: sycophancy, jailbreaks,\nwarnings left out (mean)",
-           title="failures left against harm done: the lower left corner is best")
-    # Labels stand to the right of all points, so none covers another; a line leads to each.
-    right, gap, at = ax.get_xlim()[1], ax.get_ylim()[1] / 18, -1
-    for name, ((x, _), (y, _)) in sorted(places.items(), key=lambda item: item[1][1]):
-        at = max(y, at + gap)
-        ax.annotate(name, (x, y), (right, at), color=colours[name], va="center",
-                    arrowprops={"arrowstyle": "-", "color": colours[name], "linewidth": 0.4})
-    for name, curve in kl.items():
-        small.plot(range(1, len(curve) + 1), curve, color=colours[name])
-    small.set(title="KL in training, nats a token", xlabel="update", yscale="log")
+    names, base = list(runs), next(iter(runs.values()))
+    colours = [COLOURS[i % len(COLOURS)] for i in range(len(names))]
+    fig, axes = plt.subplots(1, len(PANELS), figsize=(12, 1.8 + 0.4 * len(names)), sharey=True)
+    for ax, (metric, title) in zip(axes, PANELS.items()):
+        figures = [runs[name][metric] for name in names]
+        values = [figure["value"] for figure in figures]
+        halves = [(figure["high"] - figure["low"]) / 2 for figure in figures]
+        if metric == "capabilities":
+            values = [base[metric]["value"] - value for value in values]
+            halves[0] = 0.0                                 # the base against itself
+        ax.barh(names, values, xerr=halves, color=colours, height=0.7,
+                error_kw={"elinewidth": 0.8, "ecolor": "#444444"})
+        room = max(v + h for v, h in zip(values, halves)) or 1.0
+        for row, (value, half) in enumerate(zip(values, halves)):
+            ax.text(max(value + half, 0) + 0.03 * room, row, f"{value:.3f}", va="center", size=8)
+        ax.set(title=title, xlim=(min(0, *(v - h for v, h in zip(values, halves))), 1.3 * room))
+        ax.axvline(0, color="black", linewidth=0.8)
+        ax.locator_params(axis="x", nbins=4)
+    axes[0].invert_yaxis()
+    fig.suptitle("Shorter bars are better. teacher: the base on clean prompts, which is the aim")
     fig.tight_layout()
     save_figure(plt, fig, path)
 

@@ -22,6 +22,20 @@ def rate(flags, clusters):
     return {"value": p, "n": n, "clusters": len(of_cluster), "low": low, "high": high}
 
 
+def complement(figure):
+    """1 - a share, with its interval."""
+    return {**figure, "value": 1 - figure["value"],
+            "low": 1 - figure["high"], "high": 1 - figure["low"]}
+
+
+def mean_of(figures):
+    """The mean of figures from different prompts: the squares of their intervals add up."""
+    mean = np.mean([figure["value"] for figure in figures]).item()
+    half = math.hypot(*((figure["high"] - figure["low"]) / 2 for figure in figures)) / len(figures)
+    return {"value": mean, "n": sum(figure["n"] for figure in figures),
+            "low": mean - half, "high": mean + half}
+
+
 def ausc(names, warned):
     """The area under the safety curve: r_f is the share of prompts about fact f that got the
     warning, S(tau) the share of facts with r_f >= tau, the area S's mean over 101 thresholds."""
