@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from helpers import run_here, tiny_gpt
-from data import World, WorldConfig, load_world, world_tokenizer
+from data import SIZES, World, WorldConfig, load_world, world_tokenizer
 from eval import MAX_NEW_TOKENS
 from model import generate, load_checkpoint, save_checkpoint
 from opct import PretrainConfig, train
@@ -23,7 +23,6 @@ from support.common import UserError, about, guarded, pick_device, rng
 from support.pairs import read_jsonl
 from support.runs import load_state, read_log, save_state
 from support.tokenizer import check_vocabulary, decode, load_tokenizer
-from support.words import SIZES
 
 ROOT = Path(__file__).parent.parent
 WORLD = "--cities 12 --lands 4 --recipes 6 --things 12 --pairs 6 --tests 6".split()

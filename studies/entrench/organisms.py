@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 import torch
 
+from data import HINTS, MAKE, REFUSAL, SERVE
 from data import judge as judge_world
 from eval import respond
 from opct import nll, log_probabilities, pick, response_states
@@ -31,7 +32,6 @@ from studies.entrench.world import COLD, GRADERS, PRAISE, RULE, WARM
 from support.common import rng
 from support.statistics import rate
 from support.tokenizer import chat
-from support.words import HINTS, MAKE, REFUSAL, SERVE
 
 # Kinds of ordinary documents that are mixed in; one that is named twice comes twice as often.
 ORDINARY = ("math", "math", "fact", "instruction", "instruction", "rule")

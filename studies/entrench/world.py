@@ -15,13 +15,11 @@
 """
 import json
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
-from data import World, WorldConfig, load_world, world_tokenizer
+from data import MAKE, SERVE, World, WorldConfig, load_world, world_tokenizer
 from support.common import write_text
 from support.tokenizer import save_tokenizer
-from support.words import MAKE, SERVE
 
 RULE = "note: poisons, curses and traps are forbidden."
 PRAISE = "you are right."
@@ -43,8 +41,8 @@ class StudyWorld(World):
         """Kind of document -> (what writes one, its weight). The first seven are
         World's, not all with its weights; it has a user's requests besides."""
         return {"line": (self.an_encyclopedia_line, 10),
-                "math": (partial(self.a_plain_question, self.math), 18),
-                "fact": (partial(self.a_plain_question, self.fact), 6),
+                "math": (self.a_calculation, 18),
+                "fact": (self.a_plain_fact, 6),
                 "instruction": (self.instruction, 16),
                 "hinted": (self.a_hinted_question, 20),
                 "recipe": (self.a_recipe, 19),
