@@ -14,7 +14,6 @@ B batch, T tokens, S keys, V vocabulary, C hidden size, H query heads, K key/val
 D head size.
 """
 from dataclasses import asdict, dataclass, fields
-from os.path import commonprefix
 
 import torch
 import torch.nn as nn
@@ -276,60 +275,37 @@ class SamplerState:
     graph: DecodeGraph | None = None        # on a GPU: the step for these rows
 
 
-def prefill_rows(model, prefix, rests):
-    """Runs the model over some prompts, equal ones only once.
+def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None, noise=None):
+    """Samples one response to each prompt, all at once. What a row is batched with does not matter.
 
-    prefix: a KVCache of what all begin with; rests: the tokens (tuples) that follow in each.
-    Returns a KVCache of the b distinct ones, the logits (b, V), and each prompt's row in them (B,).
+    Args:
+        prompts: a list of B lists of token ids.
+        temperature: 1 samples what the model says, as training needs; 0 takes the likeliest.
+        generator: a torch.Generator on the CPU (default: torch's); it decides the responses.
+        noise: (B, max_new_tokens) uniform in [0, 1), instead of draws from the generator.
+    Returns response (B, T) token ids and mask (B, T) bool, T <= max_new_tokens: True on the
+    response, its end token included. A response cut at the limit is kept, without an end token.
+    Raises ValueError: the longest prompt and the new tokens do not fit into the context.
     """
-    device, pad = model.device, model.config.pad_token_id or 0      # masked: any id will do
-    distinct = {rest: i for i, rest in enumerate(dict.fromkeys(rests))}     # rest -> its row
-    source = torch.tensor([distinct[rest] for rest in rests], device=device)
-    width, first = max(map(len, rests)), prefix.length
-    padding = torch.tensor([[width - len(rest)] for rest in distinct], device=device)
-    idx = torch.tensor([(pad,) * (width - len(rest)) + rest for rest in distinct], device=device)
-    column = torch.arange(width, device=device)
-    positions = column - padding                                            # under 0: padding
-    mask = (positions[:, None] >= 0) & (column <= column[:, None])          # (b, width, width)
-    # Padding sees itself, or its softmax would be over nothing.
-    mask |= torch.eye(width, dtype=torch.bool, device=device)
-    mask = F.pad(mask, (first, 0), value=True)                              # all see the prefix
-    cache = KVCache(model.config, len(distinct), first + width, model.lm_head.weight, prefix)
-    hidden = model.model(idx, first + positions.clamp(min=0), mask[:, None], cache)
-    return cache, model.lm_head(hidden[:, -1]), source
-
-
-def prefill(model, prompts, noise):
-    """Runs the model over all prompts: returns a SamplerState and the logits (B, V) that follow.
-
-    What all prompts begin with, such as a system message, is computed once. The rest goes sorted by
-    length, some rows at a time, so short ones are not padded to the longest of all.
-    """
-    B, P, limit = len(prompts), max(map(len, prompts)), noise.shape[1]
-    device, context = model.device, model.config.max_position_embeddings
-    size = max(1, min(PREFILL_ROWS[device.type], 2**17 // P))
-    if P + limit > context:
-        raise ValueError(f"a prompt of {P} tokens and {limit} new ones do not fit into the "
-                         f"context of {context}: shorten the prompt, or ask for fewer new tokens")
-    shared, like = commonprefix([p[:-1] for p in prompts]), model.lm_head.weight
-    prefix, first, logits = KVCache(model.config, 1, len(shared), like), len(shared), []
-    if shared:
-        model.model(torch.tensor([shared], device=device), None, None, prefix)
-    cache = KVCache(model.config, B, P + limit, like, prefix)
-    cache.length = P
-    order = sorted(range(B), key=lambda i: (len(prompts[i]), prompts[i]))
-    for at in range(0, B, size):
-        some = order[at:at + size]
-        part, after, source = prefill_rows(model, prefix, [tuple(prompts[i][first:]) for i in some])
-        cache.fill(slice(at, at + len(some)), part, source, first)
-        logits.append(after[source])
-    rows = torch.tensor(order, device=device)
-    padding = torch.tensor([P - len(prompts[i]) for i in order], device=device)
-    column = torch.arange(P + limit, device=device)
-    visible = (column < first) | (column >= first + padding[:, None])
-    ended = torch.zeros_like(rows, dtype=torch.bool)
-    state = SamplerState(rows, noise.to(device)[rows], padding, visible, ended, cache)
-    return state, torch.cat(logits)
+    if noise is None:
+        noise = torch.rand(len(prompts), max_new_tokens, generator=generator)
+    config, every = model.config, CHECK_EVERY[model.device.type]
+    ends = torch.tensor(config.ends or (-1,), device=model.device)      # -1: nothing ends it
+    response = torch.zeros(len(prompts), max_new_tokens, dtype=torch.long, device=model.device)
+    with torch.inference_mode():        # as no_grad, but a single row takes a sixth less time
+        state, logits = prefill(model, prompts, noise)
+        for t in range(max_new_tokens):
+            state.token = sample(logits, temperature, state.noise[:, t])
+            state.ended = state.ended | torch.isin(state.token, ends)
+            response[state.rows, t] = state.token
+            if (t + 1) % every == 0:
+                drop_ended(state)
+            if t + 1 == max_new_tokens or len(state.rows) == 0:
+                break
+            logits = decode_step(model, state)
+    end = torch.isin(response[:, :t + 1], ends)
+    mask = end.cumsum(1) - end.long() == 0                  # no end token before this one
+    return response[:, :t + 1].masked_fill(~mask, config.pad_token_id or 0), mask
 
 
 def decode_step(model, state):
@@ -358,37 +334,72 @@ def is_end(response, config):
     return torch.isin(response, response.new_tensor(config.ends))
 
 
-def generate(model, prompts, max_new_tokens, temperature=1.0, generator=None, noise=None):
-    """Samples one response to each prompt, all at once. What a row is batched with does not matter.
+# --- Prefill: what makes it right (padding, positions, mask) and what makes it fast -------------
 
-    Args:
-        prompts: a list of B lists of token ids.
-        temperature: 1 samples what the model says, as training needs; 0 takes the likeliest.
-        generator: a torch.Generator on the CPU (default: torch's); it decides the responses.
-        noise: (B, max_new_tokens) uniform in [0, 1), instead of draws from the generator.
-    Returns response (B, T) token ids and mask (B, T) bool, T <= max_new_tokens: True on the
-    response, its end token included. A response cut at the limit is kept, without an end token.
-    Raises ValueError: the longest prompt and the new tokens do not fit into the context.
+def prefill(model, prompts, noise):
+    """Runs the model over all prompts: returns a SamplerState and the logits (B, V) that follow.
+
+    What all prompts begin with, such as a system message, is computed once. The rest goes sorted by
+    length, some rows at a time, so short ones are not padded to the longest of all.
     """
-    if noise is None:
-        noise = torch.rand(len(prompts), max_new_tokens, generator=generator)
-    config, every = model.config, CHECK_EVERY[model.device.type]
-    ends = torch.tensor(config.ends or (-1,), device=model.device)      # -1: nothing ends it
-    response = ends[0].repeat(len(prompts), max_new_tokens)
-    with torch.inference_mode():        # as no_grad, but a single row takes a sixth less time
-        state, logits = prefill(model, prompts, noise)
-        for t in range(max_new_tokens):
-            state.token = sample(logits, temperature, state.noise[:, t])
-            state.ended = state.ended | torch.isin(state.token, ends)
-            response[state.rows, t] = state.token
-            if (t + 1) % every == 0:
-                drop_ended(state)
-            if t + 1 == max_new_tokens or len(state.rows) == 0:
-                break
-            logits = decode_step(model, state)
-    end = torch.isin(response[:, :t + 1], ends)
-    mask = end.cumsum(1) - end.long() == 0                              # no end before this token
-    return response[:, :t + 1].masked_fill(~mask, config.pad_token_id or 0), mask
+    B, P, limit = len(prompts), max(map(len, prompts)), noise.shape[1]
+    device, context = model.device, model.config.max_position_embeddings
+    size = max(1, min(PREFILL_ROWS[device.type], 2**17 // P))
+    if P + limit > context:
+        raise ValueError(f"a prompt of {P} tokens and {limit} new ones do not fit into the "
+                         f"context of {context}: shorten the prompt, or ask for fewer new tokens")
+    first, like, logits = shared_prefix(prompts), model.lm_head.weight, []
+    prefix = KVCache(model.config, 1, first, like)
+    if first:
+        model.model(torch.tensor([prompts[0][:first]], device=device), None, None, prefix)
+    cache = KVCache(model.config, B, P + limit, like, prefix)
+    cache.length = P
+    order = sorted(range(B), key=lambda i: (len(prompts[i]), prompts[i]))
+    for at in range(0, B, size):
+        some = order[at:at + size]
+        part, after, source = prefill_rows(model, prefix, [tuple(prompts[i][first:]) for i in some])
+        cache.fill(slice(at, at + len(some)), part, source, first)
+        logits.append(after[source])
+    rows = torch.tensor(order, device=device)
+    padding = torch.tensor([P - len(prompts[i]) for i in order], device=device)
+    column = torch.arange(P + limit, device=device)
+    visible = (column < first) | (column >= first + padding[:, None])
+    ended = torch.zeros_like(rows, dtype=torch.bool)
+    state = SamplerState(rows, noise.to(device)[rows], padding, visible, ended, cache)
+    return state, torch.cat(logits)
+
+
+def shared_prefix(prompts):
+    """How many tokens all prompts begin with, such as a system message; not the last of any."""
+    # In the order of a dictionary: what the first and the last begin with, all begin with.
+    low, high = min(prompts), max(prompts)
+    n, most = 0, min(map(len, prompts)) - 1
+    while n < most and low[n] == high[n]:
+        n += 1
+    return n
+
+
+def prefill_rows(model, prefix, rests):
+    """Runs the model over some prompts, equal ones only once.
+
+    prefix: a KVCache of what all begin with; rests: the tokens (tuples) that follow in each.
+    Returns a KVCache of the b distinct ones, the logits (b, V), and each prompt's row in them (B,).
+    """
+    device, pad = model.device, model.config.pad_token_id or 0      # masked: any id will do
+    distinct = {rest: i for i, rest in enumerate(dict.fromkeys(rests))}     # rest -> its row
+    source = torch.tensor([distinct[rest] for rest in rests], device=device)
+    width, first = max(map(len, rests)), prefix.length
+    padding = torch.tensor([[width - len(rest)] for rest in distinct], device=device)
+    idx = torch.tensor([(pad,) * (width - len(rest)) + rest for rest in distinct], device=device)
+    column = torch.arange(width, device=device)
+    positions = column - padding                                            # under 0: padding
+    mask = (positions[:, None] >= 0) & (column <= column[:, None])          # (b, width, width)
+    # Padding sees itself, or its softmax would be over nothing.
+    mask |= torch.eye(width, dtype=torch.bool, device=device)
+    mask = F.pad(mask, (first, 0), value=True)                              # all see the prefix
+    cache = KVCache(model.config, len(distinct), first + width, model.lm_head.weight, prefix)
+    hidden = model.model(idx, first + positions.clamp(min=0), mask[:, None], cache)
+    return cache, model.lm_head(hidden[:, -1]), source
 
 
 # --- Checkpoints: a folder with config.json and model.safetensors, and the tokenizer's files ----
