@@ -198,7 +198,7 @@ def pick(logp, tokens):
 
 
 def to_log(student, response, mask, kl):
-    """Values for the log: the loop averages all but `tokens`, which it sums."""
+    """Values for the log, one a token or a response. It gets their means; of `tokens`, the sum."""
     ended = is_end(response, student.config) & mask
     return {"kl_exact": kl.detach(), "tokens": mask.sum(), "length": mask.sum(1),
             "cut": ~ended.any(1)}
@@ -332,6 +332,7 @@ def student_and_teacher(config, device):
 
 
 def consistency(config, stage):
+    """`sft` or `opct` from beginning to end: checks, models, pairs, the loop, the checkpoint."""
     (rank, size), device = processes(), pick_device(config.device)
     records = read_jsonl(config.pairs)
     check_use(records, config, stage, size)
@@ -347,7 +348,7 @@ def consistency(config, stage):
     if not runs.open_run(config.out, settings, tokenizer):
         return
     say(runs.first_screen(stage, config, records, student, teacher))
-    if config.stored:
+    if config.stored:                       # sft: the responses of the pairs, or the teacher's
         response, mask = given or offline_responses(teacher, clean, config)
     loss_of = {"sft": sft_step, "opct": opct_step}[stage]
 
