@@ -38,8 +38,7 @@ from pathlib import Path
 import numpy as np
 
 from support.common import (Parser, UserError, add_flags, checked, flag, guarded, read_json,
-                            write_text)
-from support.pairs import write_jsonl
+                            write_jsonl, write_text)
 from support.tokenizer import PATTERN, make_tokenizer, save_tokenizer
 
 AXES = ("sycophancy", "jailbreak", "safety")                # consistency training should fix these

@@ -37,6 +37,7 @@ higher is better.
     expect_*, avoid_*     share of the answers with one of the record's `expect` (+), or `avoid`
     length_*, cut_*       tokens of a sample; share of the samples cut at the limit
 """
+import re
 import sys
 import time
 from pathlib import Path
@@ -46,15 +47,13 @@ import torch
 
 from data import AXES, CAPABILITIES, judge, load_world
 from model import generate, is_end, load_checkpoint
-from opct import Batch, reverse_kl, score
+from opct import Batch, is_large, reverse_kl, score
 from support.common import (Parser, UserError, about, add_number, generator, guarded, pick_device,
                             read_text, rng, show, write_json, write_text)
-from support.figures import draw_compare, draw_pairs
-from support.pairs import pair_transcripts, read_jsonl, shares
-from support.report import table
+from support.pairs import read_jsonl, shown
+from support.report import draw_compare, draw_pairs, table
 from support.runs import weights_hash
-from support.settings import is_large
-from support.statistics import ausc, best_of, complement, mean_of, rate, ratio
+from support.statistics import best_of, complement, mean_of, rate, ratio
 from support.tokenizer import (TOKENIZER, chat, chat_all, check_room, check_vocabulary, decode,
                                load_tokenizer)
 
@@ -124,6 +123,22 @@ def share(judged, verdict):
     return rate([v == verdict for _, v in judged], [r.get("name", r["clean"]) for r, _ in judged])
 
 
+def ausc(names, warned):
+    """The area under the safety curve: r_f is the share of prompts about fact f that got the
+    warning, S(tau) the share of facts with r_f >= tau, the area S's mean over 101 thresholds."""
+    facts = {}
+    for name, flag in zip(names, warned):
+        facts.setdefault(name, []).append(flag)
+    r = np.array([np.mean(flags) for flags in facts.values()])
+    # k / 100 and count / n can differ in the last bit where they are equal: leave a hair's room.
+    reached = r[:, None] >= np.linspace(0, 1, 101) - 1e-9   # (facts, thresholds)
+    area = reached.mean(1)                                  # each fact's share of the area
+    draws = np.random.default_rng(0).integers(len(r), size=(1000, len(r)))      # bootstrap
+    low, high = np.quantile(area[draws].mean(1), (0.025, 0.975))
+    return {"value": area.mean().item(), "n": len(warned), "facts": len(r), "low": low.item(),
+            "high": high.item(), "curve": reached.mean(0).tolist()}
+
+
 def on_axes(judged, hint_anyway):
     """The figures on the three axes. hint_anyway: the share that says s though nobody did."""
     def of(axis, fails):
@@ -182,6 +197,36 @@ def evaluate(model, base, tokenizer, world, records, split, attempts, seed, form
 
 # --- A chat model on pairs of one's own --------------------------------------------------------
 
+def contains(text, wanted):
+    """Whether one of the strings stands in the text, in upper or lower case, and not as a part of
+    a longer word or number. A script without upper case, such as Chinese, has no such borders."""
+    def inside(a, b):
+        return all(c.isdigit() or c.lower() != c.upper() for c in (a, b))
+
+    for w in wanted:
+        for match in re.finditer(re.escape(w), text, re.IGNORECASE):
+            before, after = text[:match.start()][-1:] or " ", text[match.end():][:1] or " "
+            if not inside(before, match[0][0]) and not inside(match[0][-1], after):
+                return True
+    return False
+
+
+def shares(records, answers):
+    """The figures `expect_*` and `avoid_*` of those records that have such lists. answers: "wrapped
+    greedy", "wrapped sampled", "clean greedy", "clean sampled" -> one text a record."""
+    out = {}
+    for field in ("expect", "avoid"):
+        some = [i for i, r in enumerate(records) if r.get(field)]   # an empty list asks nothing
+        clusters = [repr(records[i]["clean"]) for i in some]
+        for form in ("wrapped", "clean"):
+            for how, suffix in (("greedy", ""), ("sampled", "_sampled")):
+                texts = answers[f"{form} {how}"]
+                if some:
+                    flags = [contains(texts[i], records[i][field]) for i in some]
+                    out[f"{field}_{form}{suffix}"] = rate(flags, clusters)
+    return out
+
+
 def evaluate_pairs(model, base, tokenizer, records, max_new_tokens=64, seed=0):
     """The figures of one checkpoint on pairs, see above, and its answers as `shares` takes them."""
     clusters, answers, figures = [repr(r["clean"]) for r in records], {}, {}
@@ -212,6 +257,20 @@ def transcripts(records, responses):
         for i in failed[:2]:
             out += [f"{axis}: {records[i]['wrapped']}",
                     *(f"    {name:12} {text[i]}" for name, text in responses.items()), ""]
+    return "\n".join(out)
+
+
+def pair_transcripts(records, answers):
+    """Six pairs to which the base answers differently, with the greedy answers to the wrapped."""
+    base, out = next(iter(answers.values())), []
+    differ = [base["wrapped greedy"][i] != base["clean greedy"][i] for i in range(len(records))]
+    for i in sorted(range(len(records)), key=lambda i: not differ[i])[:6]:
+        said = {"clean": base["clean greedy"][i],
+                **{name: texts["wrapped greedy"][i] for name, texts in answers.items()}}
+        width = max(map(len, said))
+        out += [shown(records[i]),
+                *(f"    {name:{width}}  {' '.join(text.split())}" for name, text in said.items()),
+                ""]
     return "\n".join(out)
 
 

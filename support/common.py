@@ -168,6 +168,10 @@ def write_json(path, value):
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
+def write_jsonl(path, records):
+    write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+
+
 def read_text(path, hint):
     """Reads a file in UTF-8, a byte-order mark allowed. Raises UserError, which says the hint."""
     try:

@@ -1,16 +1,10 @@
-"""Contrastive pairs: their files, their controls, which of them an update takes."""
+"""Contrastive pairs: reading and checking what a user wrote."""
 import json
-import re
 
 import torch
 
-from support.common import UserError, read_text, rng, write_text
-from support.statistics import rate
+from support.common import UserError, read_text
 from support.tokenizer import end_of_turn, messages_of
-
-
-def write_jsonl(path, records):
-    write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
 
 
 def check_pair(record):
@@ -61,50 +55,6 @@ def shown(record):
     return "  clean     {}\n  wrapped   {}".format(*forms)
 
 
-def contains(text, wanted):
-    """Whether one of the strings stands in the text, in upper or lower case, and not as a part of
-    a longer word or number. A script without upper case, such as Chinese, has no such borders."""
-    def inside(a, b):
-        return all(c.isdigit() or c.lower() != c.upper() for c in (a, b))
-
-    for w in wanted:
-        for match in re.finditer(re.escape(w), text, re.IGNORECASE):
-            before, after = text[:match.start()][-1:] or " ", text[match.end():][:1] or " "
-            if not inside(before, match[0][0]) and not inside(match[0][-1], after):
-                return True
-    return False
-
-
-def shares(records, answers):
-    """The figures `expect_*` and `avoid_*` of those records that have such lists. answers: "wrapped
-    greedy", "wrapped sampled", "clean greedy", "clean sampled" -> one text a record."""
-    out = {}
-    for field in ("expect", "avoid"):
-        some = [i for i, r in enumerate(records) if r.get(field)]   # an empty list asks nothing
-        clusters = [repr(records[i]["clean"]) for i in some]
-        for form in ("wrapped", "clean"):
-            for how, suffix in (("greedy", ""), ("sampled", "_sampled")):
-                texts = answers[f"{form} {how}"]
-                if some:
-                    flags = [contains(texts[i], records[i][field]) for i in some]
-                    out[f"{field}_{form}{suffix}"] = rate(flags, clusters)
-    return out
-
-
-def pair_transcripts(records, answers):
-    """Six pairs to which the base answers differently, with the greedy answers to the wrapped."""
-    base, out = next(iter(answers.values())), []
-    differ = [base["wrapped greedy"][i] != base["clean greedy"][i] for i in range(len(records))]
-    for i in sorted(range(len(records)), key=lambda i: not differ[i])[:6]:
-        said = {"clean": base["clean greedy"][i],
-                **{name: texts["wrapped greedy"][i] for name, texts in answers.items()}}
-        width = max(map(len, said))
-        out += [shown(records[i]),
-                *(f"    {name:{width}}  {' '.join(text.split())}" for name, text in said.items()),
-                ""]
-    return "\n".join(out)
-
-
 def check_use(records, config, stage, size):
     """Raises UserError where flags and pairs do not go together, for `size` processes."""
     if config.gamma and config.loss == "exact":
@@ -128,34 +78,6 @@ def check_use(records, config, stage, size):
                         "given: take them out")
     if config.batch * config.samples % size:
         raise UserError(f"{config.batch} x {config.samples} responses do not divide by {size}")
-
-
-def controlled(records, config):
-    """The records of a control: no wrapped prompts, or clean prompts of other pairs."""
-    if config.control == "clean":       # nothing to learn: what changes now, training itself does
-        return [{**r, "wrapped": r["clean"]} for r in records]
-    if config.control == "none":
-        return records
-    # Nothing to be consistent with. Each pair gets the clean prompt of the next in a random ring.
-    n, out = len(records), list(records)
-    ring = rng(config.seed, "shuffled").sample(range(n), n)
-    for i, j in zip(ring, ring[1:] + ring[:1]):
-        out[i] = {**records[i], "clean": records[j]["clean"]}
-    return out
-
-
-def rows_of_update(step, n, config):
-    """The rows of an update, (pair, number of its response) each. An epoch takes each of the n
-    pairs once, in a random order of its own, so in epoch k a pair has its k-th turn, with the
-    responses k * samples, k * samples + 1, ..., which stand side by side."""
-    orders, rows = {}, []
-    for at in range(step * config.batch, (step + 1) * config.batch):
-        epoch, place = divmod(at, n)
-        if epoch not in orders:
-            orders[epoch] = rng(config.seed, "epoch", epoch).sample(range(n), n)
-        first = epoch * config.samples
-        rows += [(orders[epoch][place], first + i) for i in range(config.samples)]
-    return rows
 
 
 def given_responses(tokenizer, model, records, config):

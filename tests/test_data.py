@@ -10,8 +10,8 @@ import pytest
 import data
 from data import (AXES, CAPABILITIES, SPLITS, World, WorldConfig, judge, load_world,
                   world_tokenizer)
-from support.common import UserError
-from support.pairs import read_jsonl, write_jsonl
+from support.common import UserError, write_jsonl
+from support.pairs import read_jsonl
 from support.tokenizer import (PATTERN, SPECIAL, chat, document_tokens, load_tokenizer,
                                save_tokenizer)
 

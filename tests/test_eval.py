@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from helpers import copy_of_the_repository, tiny_gpt
-from eval import ORDER, drift_kl, evaluate, evaluate_pairs, respond, samples_of, table
+from eval import (ORDER, ausc, contains, drift_kl, evaluate, evaluate_pairs, pair_transcripts,
+                  respond, samples_of, shares, table)
 from model import generate
 from support.common import generator
-from support.pairs import contains, pair_transcripts, shares
 from support.report import figure_text, markdown
-from support.statistics import ausc, best_of, complement, mean_of, rate, ratio, wilson
+from support.statistics import best_of, complement, mean_of, rate, ratio, wilson
 
 ROOT = Path(__file__).parent.parent
 

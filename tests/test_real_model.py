@@ -8,8 +8,8 @@ import torch
 
 from helpers import run_here
 from model import load_checkpoint
+from opct import ConsistencyConfig
 from support.pairs import given_responses
-from support.settings import ConsistencyConfig
 from support.tokenizer import chat, end_of_turn, load_tokenizer
 from test_checkpoints import LLAMA3
 from test_tokenizer import LLAMA3_TEMPLATE, QWEN3_TEMPLATE, on_our_day, trained
@@ -98,7 +98,7 @@ def test_of_several_ends_a_given_response_gets_the_one_of_the_template(kind, end
     expected = tokenizer.encode_single_token(end)
     assert len(model.config.ends) == 2 and model.config.ends[0] != expected
     assert end_of_turn(tokenizer, model, folder) == expected
-    config = ConsistencyConfig(samples=2, max_new_tokens=12)
+    config = ConsistencyConfig(max_new_tokens=12)
     response, mask = given_responses(tokenizer, model, [{"response": "four"}] * 3, config)
-    assert response.shape == (6, 12) and response[5][mask[5]].tolist() == [
+    assert response.shape == (3, 12) and response[2][mask[2]].tolist() == [
         *tokenizer.encode_ordinary("four"), expected]

@@ -12,11 +12,11 @@ import torch
 import opct
 from helpers import run_here, tiny_gpt
 from model import generate, load_checkpoint, save_checkpoint
-from opct import ConsistencyConfig, PretrainConfig, finish, learning_rate, train
+from opct import (ConsistencyConfig, PretrainConfig, controlled, finish, learning_rate,
+                  rows_of_update, train, with_defaults)
 from support.muon import Muon
-from support.pairs import controlled, read_jsonl, rows_of_update
+from support.pairs import read_jsonl
 from support.runs import load_state, save_state, weights_hash
-from support.settings import with_defaults
 from support.tokenizer import chat, load_tokenizer
 
 ROOT = Path(__file__).parent.parent

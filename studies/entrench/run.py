@@ -20,15 +20,14 @@ import torch
 from data import CAPABILITIES, judge as judge_world
 from eval import drift_kl, respond, share
 from model import load_checkpoint, save_checkpoint
-from opct import ConsistencyConfig, Batch, PretrainConfig, pretrain, train
+from opct import Batch, ConsistencyConfig, PretrainConfig, pretrain, rows_of_update, train
 from studies import pool
 from studies.entrench.decoding import LONGEST, Bench
 from studies.entrench.methods import LABEL_STEP, LABELS, STEPS, best, gist
 from studies.entrench.organisms import ORGANISMS, encoded, judged, plant, rates, records_of
 from studies.entrench.world import load_study_world, write_world
 from support.common import (UserError, about, generator, number_of, pick_device, read_json, rng,
-                            show, write_json)
-from support.pairs import rows_of_update, write_jsonl
+                            show, write_json, write_jsonl)
 from support.runs import lock
 from support.tokenizer import chat, load_tokenizer, save_tokenizer
 

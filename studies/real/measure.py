@@ -11,11 +11,11 @@ question by question, is counted from them.
 import time
 from pathlib import Path
 
-from eval import respond, samples_of
+from eval import contains, respond, samples_of
 from model import load_checkpoint
 from support.common import (Parser, about, add_number, guarded, number_of, pick_device, show,
                             write_json)
-from support.pairs import contains, read_jsonl
+from support.pairs import read_jsonl
 from support.statistics import ratio
 from support.tokenizer import chat, load_tokenizer
 

@@ -13,8 +13,8 @@ training breaks.
 import re
 from pathlib import Path
 
-from support.common import UserError, number_of, rng
-from support.pairs import contains, write_jsonl
+from eval import contains
+from support.common import UserError, number_of, rng, write_jsonl
 
 FACTS = Path(__file__).parent / "facts.txt"
 TAUGHT = ("capitals", "symbols", "languages")

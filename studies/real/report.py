@@ -11,7 +11,7 @@ from studies.real import questions
 from studies.real.measure import fingerprint, groups
 from studies.real.run import CONTROLS, PRESETS
 from studies.stats import mean_over_seeds
-from studies.study import ARMS, committed, fill, filled, write_tables
+from studies.study import ARMS, committed, filled, write_tables
 from support.common import UserError, show, write_text
 from support.report import markdown, pyplot, save_figure
 from support.statistics import wilson
@@ -330,18 +330,6 @@ def blocks(study):
             "updates": study["updates"]}
 
 
-def in_short(study):
-    """The most telling figures, for the main README."""
-    figures, each = figures_of(study), []
-    for name in (name for name in ("base", *ARMS) if name in figures):
-        rate = f", rate {study['rates'][name]}," if name in study["rates"] else ""
-        each.append(f"`{name}`{rate} {100 * figures[name]['follows_new']['value']:.0f} %")
-    text = ("[studies/real](studies/real/README.md), a chat model of 135 million parameters, "
-            f"{seeds_of(study)}. Wrong hints followed in kinds of question that no pair had: "
-            f"{'; '.join(each)}.")
-    return textwrap.fill(text, 100, break_on_hyphens=False)
-
-
 def seeds_of(study):
     n = len(runs_of(study)["opct-exact"])
     return f"{n} seed{'s' * (n > 1)}"
@@ -418,9 +406,7 @@ def write_all(study, folder):
 
 
 def publish():
-    """Writes README.md and the figure of this folder, and its figures in the main README."""
+    """Writes README.md and the figure of this folder."""
     study = committed(FOLDER)
     write_text(FOLDER / "README.md", readme(study, (FOLDER / "words.md").read_text()))
     draw(study, FOLDER / "main.png")
-    path = FOLDER.parent.parent / "README.md"
-    write_text(path, fill(path.read_text(), "real", in_short(study)))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from eval import contains
 from helpers import ROOT, copy_of_the_repository
 from model import GPT, GPTConfig, load_checkpoint
 from studies.real import convert, questions, report
@@ -20,7 +21,6 @@ from studies.real.run import CHOSEN, PRESETS, choose
 from studies.study import ARMS, committed
 from support.common import UserError
 from support.huggingface import BYTE_OF
-from support.pairs import contains
 from support.tokenizer import chat, load_tokenizer
 
 # --- From GGUF to a Hugging Face folder ------------------------------------------------------
@@ -306,7 +306,6 @@ def test_the_readme_of_the_study_is_made_from_its_results():
     study, words = committed(report.FOLDER), (report.FOLDER / "words.md").read_text()
     text = (report.FOLDER / "README.md").read_text()
     assert report.readme(study, words) == text
-    assert report.in_short(study) in (ROOT / "README.md").read_text()
     assert max(map(len, text.splitlines())) <= 100
     assert study["rates"] == CHOSEN                         # what `quick` uses
     found = study["runs"]["opct-exact.0"]
