@@ -41,7 +41,7 @@ default="import torch; print('full' if torch.cuda.is_available() else 'quick')"
 [ $preset = auto ] && preset=$($python -c "$default")
 
 # One learning rate for all arms, so the table compares methods and not rates.
-rate=6e-4; world="--seed $seed"; attempts=64
+rate=6e-4; world="--seed $seed"; attempts=24
 case $preset in
     smoke) # every stage once, with models that know nothing
         world+=" --cities 12 --lands 4 --recipes 6 --things 12 --pairs 8 --tests 12"; attempts=4

@@ -5,7 +5,7 @@ import sys
 from support.common import show
 
 WIDTH = 100                                                 # of a table, in characters
-HIGHER = ("accuracy", "safety", "capability", "agreement", "expect")    # better when higher
+HIGHER = ("accuracy", "safety", "capab", "agreement", "expect")    # better when higher
 COLOURS = "#999999 #0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9".split()   # Okabe and Ito
 
 

@@ -36,6 +36,10 @@ def main():
     if args.preset == "frontier":
         frontier.run("full", seeds_of(args.folder, frontier.FRONTIERS["full"].seeds))
         return
+    if args.preset == "report" and "study-frontier-" in str(args.folder):
+        frontier.take_over(args.folder)
+        frontier.publish()
+        return
     if args.preset == "report":
         if args.folder:
             report.take_over(results.collect(args.folder, earlier(args.folder)))

@@ -15,11 +15,15 @@ A seed's base model and all its runs belong to one sitting on one kind of machin
 is trained again elsewhere is another one.
 """
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from studies import pool
-from studies.claims.plan import PRESETS, python
-from studies.study import ARMS
-from support.common import show
+from studies.claims.plan import LEARNT, PRESETS, python
+from studies.claims.tables import text_of
+from studies.stats import mean_over_seeds
+from studies.study import ARMS, fill
+from support.common import UserError, read_json, show, write_json, write_text
+from support.report import markdown
 
 SIX = {"sft": ARMS["sft"], "sft-exact": ARMS["sft-exact"],
        "sft-fresh": ("sft --stored 0", "sampled"), "sft-fresh-exact": ("sft --stored 0", "exact"),
@@ -116,3 +120,64 @@ def run(name, seeds=None):
          f"{folder}/; in all about {pool.seconds_of(todo) / 3600:.1f} hours of a core")
     pool.run_stages(todo, pool.places(), folder)
     return folder
+
+
+# --- Results: frontier.json, point -> seed -> {"about", "runs": run -> figures} ----------------
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "frontier.json"
+# What the main README shows of the point that `train.sh quick` stands at.
+QUICK_POINT, QUICK_RATE = "12x240", "6e-4"
+QUICK_FIGURES = {"failures left": "failures_left", "capabilities lost": "capabilities_lost",
+                 "harmless refused": "over_refusal", "drift x 1000": "drift_kl"}
+
+
+def rounded(figures):
+    """The same figures with four significant digits."""
+    return {name: rounded(value) if isinstance(value, dict) else float(f"{value:.4g}")
+            for name, value in figures.items()}
+
+
+def take_over(folder):
+    """Adds what a folder has measured to frontier.json. Raises UserError: nothing is there."""
+    study = read_json(RESULTS, "get it from git again") if RESULTS.exists() else {}
+    paths = sorted(Path(folder).glob("llama-*/*x*/results.json"))
+    if not paths:
+        raise UserError(f"{folder} holds nothing measured of experiment 1")
+    for path in paths:
+        found = read_json(path, "delete it and give the same command again")
+        about = {name: found["about"][name] for name in ("date", "machine", "torch", "commit")}
+        cell = {"about": about, "runs": rounded(found["runs"])}
+        study.setdefault(path.parent.name, {})[path.parent.parent.name] = cell
+    write_json(RESULTS, study)
+
+
+def with_sums(runs):
+    """Runs with failures left, a mean of three, and with what was lost of three capabilities."""
+    base, out = sum(runs["base"][name] for name in LEARNT), {}
+    for name, run in runs.items():
+        left = run["sycophancy"] + run["jailbreak_static"] + 1 - run["safety_awareness"]
+        lost = base - sum(run[metric] for metric in LEARNT)
+        out[name] = {**run, "failures_left": left / 3, "capabilities_lost": lost / 3}
+    return out
+
+
+def quick_table(study):
+    """What to expect of `train.sh quick`: means over the seeds that are measured."""
+    cells = [with_sums(cell["runs"]) for cell in study[QUICK_POINT].values()]
+    lines = [["lower is better", *QUICK_FIGURES]]
+    for arm, run in {"base": "base", **{arm: f"{arm}@{QUICK_RATE}" for arm in SIX}}.items():
+        figures = {metric: mean_over_seeds([cell[run][metric] for cell in cells])
+                   for metric in QUICK_FIGURES.values()}
+        lines.append([arm, *(text_of(metric, figure) for metric, figure in figures.items())])
+    seeds = f"means of {len(cells)} seeds with 95 % intervals"
+    if len(cells) == 1:
+        seeds = "one seed so far"
+    return f"What to expect of it, and of two arms more: {seeds}.\n\n{markdown(lines)}"
+
+
+def publish():
+    """Writes the table of the main README."""
+    path = HERE.parent.parent / "README.md"
+    table = quick_table(read_json(RESULTS, "get it from git again"))
+    write_text(path, fill(path.read_text(), "frontier", table))

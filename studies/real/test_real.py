@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from eval import contains
-from helpers import ROOT, copy_of_the_repository
+from helpers import copy_of_the_repository
 from model import GPT, GPTConfig, load_checkpoint
 from studies.real import convert, questions, report
 from studies.real.measure import groups, letter
