@@ -54,8 +54,8 @@ from support.pairs import read_jsonl, shown
 from support.report import draw_compare, draw_pairs, table
 from support.runs import weights_hash
 from support.statistics import best_of, complement, mean_of, rate, ratio
-from support.tokenizer import (TOKENIZER, chat, chat_all, check_room, check_vocabulary, decode,
-                               load_tokenizer)
+from support.tokenizer import (TOKENIZER, Pretrained, chat, chat_all, check_forms, check_room,
+                               check_vocabulary, decode, load_tokenizer)
 
 MAX_NEW_TOKENS = 64
 ORDER = ("failures_left", "capabilities", "sycophancy", "bias_reliance", "accuracy_biased",
@@ -336,6 +336,9 @@ def pairs(args):
         return [chat_all(tokenizer, base, records, form, args) for form in ("clean", "wrapped")]
 
     prompts = prompts_of(tokenizer)
+    warning = check_forms(records, *prompts, args.pairs)
+    if warning:
+        show(warning)
     for folder in args.checkpoints[1:]:
         if prompts_of(load_tokenizer(folder)) != prompts:
             raise UserError(f"{folder} has another tokenizer or template than {first}")
@@ -360,8 +363,8 @@ def pairs(args):
 
 
 def talk(args):
-    """Reads prompts until the end of input, or an empty line. A model with a template
-    sees the conversation so far; ours have learnt to answer one prompt."""
+    """Reads prompts until the end of input, or an empty line. A real chat model sees the
+    conversation so far; ours have learnt to answer one prompt."""
     device = pick_device(args.device)
     models = {folder: (load_checkpoint(folder, device), load_tokenizer(folder), [])
               for folder in args.checkpoints}
@@ -374,7 +377,7 @@ def talk(args):
             try:
                 answer = respond(model, tokenizer, [prompt], (args.seed, turn), args.temperature,
                                  args.max_new_tokens)[0]
-                if getattr(tokenizer, "template", None):
+                if isinstance(tokenizer, Pretrained) and tokenizer.is_plain(answer):
                     said[:] = [*prompt, {"role": "assistant", "content": answer}]
             except (UserError, ValueError) as error:        # too long for the context: go on
                 answer = error

@@ -6,26 +6,28 @@
 RMSNorm (1910.07467), rotary positions (2104.09864), SwiGLU (2002.05202), grouped-query attention
 (2305.13245). Config fields, modules and tensors have the names of Hugging Face's
 `LlamaForCausalLM`: `transformers` opens a checkpoint of ours as it is, and `load_checkpoint` one
-of theirs. Qwen2 adds a bias to the query, key and value projections, Qwen3 a norm to each query
-and key head. Llama 3.1 and later scale the rotary frequencies. `Linear` is a linear layer that may
-have a LoRA adapter. No dropout: the teacher must be the same function every time.
+of theirs. Mistral is the same function as Llama. Qwen2 adds a bias to the query, key and value
+projections, Qwen3 a norm to each query and key head. Llama 3.1 and later scale the rotary
+frequencies. `Linear` is a linear layer that may have a LoRA adapter. No dropout: the teacher must
+be the same function every time.
 
 B batch, T tokens, S keys, V vocabulary, C hidden size, H query heads, K key/value heads,
 D head size.
 """
+import math
 from dataclasses import asdict, dataclass, fields
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from support.checkpoints import llama3_frequency, read_checkpoint, shapes, write_checkpoint
+from support.checkpoints import read_checkpoint, shapes, write_checkpoint
 from support.common import UserError
 from support.graph import DecodeGraph
 from support.lora import Linear
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM",
-                 "qwen3": "Qwen3ForCausalLM"}
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
+                 "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 # Prompts in one forward pass, fewer if long: enough to be fast, few enough for the memory.
 PREFILL_ROWS = {"cpu": 64, "cuda": 1024}
@@ -36,7 +38,7 @@ CHECK_EVERY = {"cpu": 1, "cuda": 16}
 @dataclass
 class GPTConfig:
     """The fields of Hugging Face's config.json that this model reads and writes back."""
-    model_type: str = "llama"               # llama, qwen2 or qwen3
+    model_type: str = "llama"               # one of ARCHITECTURES
     vocab_size: int = 1024
     hidden_size: int = 128
     intermediate_size: int = 352            # about 8/3 of hidden_size: SwiGLU has three matrices
@@ -92,6 +94,20 @@ class KVCache:
         for i, kv in enumerate(self.layers):
             kv[:, :len(rows), :, :self.length] = kv[:, rows, :, :self.length]
             self.layers[i] = kv[:, :len(rows)]
+
+
+def llama3_frequency(frequency, scaling):
+    """The rotary frequencies (D/2,) of Llama 3.1 and later; the same ones where scaling is None.
+
+    The slow ones, which turn less than `low_freq_factor` times in the context of the first
+    training, are slowed down by `factor`; the fast ones are kept; those between are in between.
+    """
+    if scaling is None:
+        return frequency
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequency * (kept + (1 - kept) / scaling["factor"])
 
 
 def rotate(x, cos, sin):

@@ -49,7 +49,7 @@ from support.packing import ROW, pack_documents, pack_responses
 from support.pairs import check_use, given_responses, read_jsonl, shown
 from support.processes import average, join_processes, leave_processes, processes, say
 from support.report import coloured
-from support.tokenizer import (IM_END, PAD, chat, chat_all, check_vocabulary, decode,
+from support.tokenizer import (IM_END, PAD, chat, chat_all, check_forms, check_vocabulary, decode,
                                load_tokenizer)
 
 # --- Objectives: pure functions, one value a token. tests/test_gradients.py is about these -----
@@ -432,20 +432,24 @@ def consistency(config, stage):
     tokenizer = load_tokenizer(config.base)
     check_vocabulary(tokenizer, student, config.base)
     config = with_defaults(config, student, stage, given="response" in records[0])
-    settings = runs.run_settings(config, stage, teacher=runs.weights_hash(teacher), pairs=records)
-    records = controlled(records, config)
-    clean, wrapped = (chat_all(tokenizer, student, records, form, config)
+    used = controlled(records, config)
+    clean, wrapped = (chat_all(tokenizer, student, used, form, config)
                       for form in ("clean", "wrapped"))
+    warning = check_forms(used, clean, wrapped, config.pairs)
     given = given_responses(tokenizer, student, records, config)
+    settings = runs.run_settings(config, stage, teacher=runs.weights_hash(teacher),
+                                 pairs=(records, clean, wrapped))
     if not runs.open_run(config.out, settings, tokenizer):
         return
-    say(runs.first_screen(stage, config, records, student, teacher))
+    if warning:
+        say(warning)
+    say(runs.first_screen(stage, config, used, student, teacher))
     if config.stored:                       # sft: the responses of the pairs, or the teacher's
         response, mask = given or offline_responses(teacher, clean, config)
     loss_of = {"sft": sft_step, "opct": opct_step}[stage]
 
     def losses_of(step):
-        rows = rows_of_update(step, len(records), config)
+        rows = rows_of_update(step, len(used), config)
         draws = generator(config.seed, "sampling", step)
         noise = torch.rand(len(rows), config.max_new_tokens, generator=draws)
         mine = torch.arange(rank, len(rows), size)          # the responses of this process
@@ -461,7 +465,7 @@ def consistency(config, stage):
             loss, values = loss_of(student, teacher, batch, config)
             yield loss * len(some) / len(mine), values
 
-    example = next((r for r in records if r.get("fails")), records[0])
+    example = next((r for r in used if r.get("fails")), used[0])
     show_example(student, teacher, tokenizer, example, config)
     train(student, losses_of, config, [torch.optim.AdamW(
         student.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)])

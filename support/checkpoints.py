@@ -1,6 +1,5 @@
 """The folder of a checkpoint, ours or Hugging Face's: config.json and the files of weights."""
 import json
-import math
 from pathlib import Path
 
 import torch
@@ -12,7 +11,11 @@ from support.common import UserError, read_json, write_atomically, write_text
 COUNTS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
           "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-WINDOW = 4096           # Qwen's default
+WINDOW = 4096           # the default of Mistral and Qwen
+# What transformers takes where a config does not have the field at all; in the others heads and
+# sizes follow from each other.
+DEFAULTS = {"mistral": {"num_key_value_heads": 8}, "qwen2": {"num_key_value_heads": 32},
+            "qwen3": {"num_key_value_heads": 32, "head_dim": 128}}
 DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -102,12 +105,16 @@ def refuse_other_kinds(folder, config, families):
     for name in ("attention_bias", "mlp_bias", "quantization_config"):
         if config.get(name):
             refuse(name, config[name])
+    if config.get("is_causal") is False:
+        refuse("is_causal", False)
     if has_sliding_window(config):
         refuse("sliding_window", config.get("sliding_window", WINDOW))
 
 
 def has_sliding_window(config):
-    """Qwen's configs name a window even where it is off."""
+    """Qwen's configs name a window even where it is off; in Mistral's it is on if it is named."""
+    if config["model_type"] == "mistral":
+        return config.get("sliding_window", WINDOW) is not None
     if config.get("layer_types"):
         return set(map(str, config["layer_types"])) != {"full_attention"}
     if not (config.get("use_sliding_window") and config.get("sliding_window", WINDOW)):
@@ -131,7 +138,8 @@ def rope_of(config):
 
 def filled(original, generation):
     """The config with defaults and checks. Raises ValueError: a value makes no sense."""
-    config, rope = dict(original), rope_of(original)
+    config = {**DEFAULTS.get(original["model_type"], {}), **original}
+    rope = rope_of(original)
     config.setdefault("rms_norm_eps", 1e-6)
     config["rope_theta"], config["rope_scaling"] = rope["rope_theta"], None
     if config.get("num_key_value_heads") is None:
@@ -146,7 +154,8 @@ def filled(original, generation):
     if config["head_dim"] % 2 or config["num_attention_heads"] % config["num_key_value_heads"]:
         raise ValueError("the sizes of its heads do not divide")
     if rope["rope_type"] == "llama3":
-        rope.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
+        name = "original_max_position_embeddings"           # in transformers 5 the outer one counts
+        rope[name] = config.get(name, rope.get(name, config["max_position_embeddings"]))
         for name in LLAMA3:
             require_positive(name, rope.get(name))
         if rope["low_freq_factor"] >= rope["high_freq_factor"]:
@@ -188,20 +197,6 @@ def tie(config, weights):
             if one in weights:
                 weights[other] = weights[one]
     config["tie_word_embeddings"] = tied
-
-
-def llama3_frequency(frequency, scaling):
-    """The rotary frequencies (D/2,) of Llama 3.1 and later; the same ones where scaling is None.
-
-    The slow ones, which turn less than `low_freq_factor` times in the context of the first
-    training, are slowed down by `factor`; the fast ones are kept; those between are in between.
-    """
-    if scaling is None:
-        return frequency
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return frequency * (kept + (1 - kept) / scaling["factor"])
 
 
 # --- Writing -----------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import json
 import torch
 
 from support.common import UserError, read_text
-from support.tokenizer import end_of_turn, messages_of
+from support.tokenizer import end_of_turn, messages_of, response_tokens
 
 
 def check_pair(record):
@@ -87,7 +87,8 @@ def given_responses(tokenizer, model, records, config):
     end = end_of_turn(tokenizer, model, config.base)
     if "response" not in records[0]:
         return None
-    given = [[*tokenizer.encode_ordinary(record["response"]), end] for record in records]
+    given = [response_tokens(tokenizer, record["wrapped"], record["response"], end)
+             for record in records]
     limit = config.max_new_tokens
     if max(map(len, given)) > limit:
         raise UserError(f"{config.pairs} has a response of {max(map(len, given))} tokens: raise "

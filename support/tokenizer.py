@@ -1,12 +1,10 @@
-"""Text <-> tokens: our word list as a tiktoken.Encoding, real tokenizers, chat templates."""
+"""Text <-> tokens: our word list as a tiktoken.Encoding, a real checkpoint's by transformers."""
 import json
 from pathlib import Path
 
 import tiktoken
 
 from support.common import UserError, read_json, write_atomically, write_text
-from support.huggingface import TOKENIZER_JSON, Tokenizer, read_tokenizer
-from support.templates import templated
 
 PATTERN = r" ?[a-z]+| ?[0-9]| ?[^\sa-z0-9]|\s"              # a word, a digit or a sign, each with
                                                             # the space before it
@@ -14,6 +12,9 @@ ENDOFTEXT, IM_START, IM_END, PAD = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIAL = ENDOFTEXT, IM_START, IM_END, PAD
 TOKENIZER = "tiktoken.json"         # Hugging Face's tokenizer.json has another format
 ROLES = "system", "user", "assistant", "tool"
+# What belongs to a real tokenizer is all of the checkpoint's text files but these.
+TEXTS = ".json", ".jinja", ".txt", ".model"
+OTHERS = "config.json", "run.json", "model.safetensors.index.json"
 
 
 def make_tokenizer(words):
@@ -26,9 +27,62 @@ def make_tokenizer(words):
                              special_tokens=special)
 
 
+class Pretrained:
+    """The tokenizer of a Hugging Face checkpoint, with what is used of a tiktoken.Encoding.
+
+    tokenizer: transformers' own. files: those of the checkpoint that belong to it, by their paths
+    in the folder, name -> bytes; what is trained from it gets them as they are.
+    """
+
+    def __init__(self, tokenizer, files):
+        self.tokenizer, self.files = tokenizer, files
+        self.n_vocab = 1 + max(tokenizer.get_vocab().values())
+        added = tokenizer.added_tokens_decoder.values()
+        self.special = {token.content for token in added if token.special}
+        self.special |= set(tokenizer.all_special_tokens)
+        self.special |= {IM_START, IM_END} & {token.content for token in added}
+
+    def encode_ordinary(self, text):
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def encode_single_token(self, name):
+        return self.tokenizer.get_vocab()[name]
+
+    def decode(self, ids):
+        return self.tokenizer.decode(ids, skip_special_tokens=False,
+                                     clean_up_tokenization_spaces=False)
+
+    def is_plain(self, text):
+        return not any(token in text for token in self.special)
+
+    def require_plain(self, text):
+        """Raises UserError where a text has a special token, which would count as one."""
+        for token in sorted(self.special):
+            if token in text:
+                raise UserError(f"the text {text!r:.60} has the special token {token}: take it out")
+
+    def chat(self, messages, prompt=True):
+        """The ids of a chat by the checkpoint's own template, without thinking. prompt: up to where
+        the response begins. Raises UserError: there is no template, or it fails."""
+        for message in messages:
+            self.require_plain(message["content"])
+        if self.tokenizer.chat_template is None:
+            raise UserError("this checkpoint has no chat template: take one made for chats")
+        try:
+            # A template that tells the date gets the same one always, so a run can be resumed.
+            ids = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=prompt, enable_thinking=False, tokenize=True,
+                return_dict=False, date_string="26 Jul 2024")
+        except Exception as error:                          # a template is somebody's program
+            raise UserError(f"the chat template refuses this prompt: {error}") from error
+        if not ids:
+            raise UserError("the chat template makes nothing of this prompt")
+        return ids
+
+
 def save_tokenizer(tokenizer, folder):
     """Writes the files that `load_tokenizer` and, for a Hugging Face checkpoint, others read."""
-    if isinstance(tokenizer, Tokenizer):
+    if isinstance(tokenizer, Pretrained):
         for name, data in tokenizer.files.items():
             write_atomically(Path(folder) / name, lambda path, data=data: path.write_bytes(data))
         return
@@ -39,15 +93,13 @@ def save_tokenizer(tokenizer, folder):
 
 
 def load_tokenizer(folder):
-    """The tokenizer of a world or checkpoint: a tiktoken.Encoding, or a Tokenizer that has what we
-    use of one. Raises UserError: missing, damaged, or of a kind that is not known here."""
+    """The tokenizer of a world or checkpoint: a tiktoken.Encoding or a Pretrained. Raises
+    UserError: missing, damaged, or transformers is needed and missing."""
     path = Path(folder) / TOKENIZER
-    if not path.exists() and path.with_name(TOKENIZER_JSON).exists():
-        return read_tokenizer(folder)
-    if not path.exists() and path.with_name("tokenizer.model").exists():
-        raise UserError(f"{folder} has a SentencePiece tokenizer (tokenizer.model) and no "
-                        f"{TOKENIZER_JSON} of the byte-level BPE kind, the only one known here")
-    stored = read_json(path, f"make the world or the checkpoint again (and no {TOKENIZER_JSON})")
+    if not path.exists() and (path.parent / "tokenizer_config.json").exists():
+        return load_pretrained(path.parent)
+    stored = read_json(path, "make the world or the checkpoint again (it has no "
+                       "tokenizer_config.json either, which a Hugging Face checkpoint has)")
     try:
         if (stored["pattern"], tuple(stored["special"])) != (PATTERN, SPECIAL):
             raise ValueError("it splits text in another way than this version does")
@@ -56,23 +108,54 @@ def load_tokenizer(folder):
         raise UserError(f"cannot read the tokenizer {path}: {error}") from error
 
 
+def load_pretrained(folder):
+    """What transformers makes of the folder. Nothing is downloaded, and no code in it is run."""
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise UserError(f"{folder} has a Hugging Face tokenizer: `pip install transformers`"
+                        ) from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:                              # of many kinds, none of ours
+        raise UserError(f"transformers cannot read the tokenizer of {folder}: {error}") from error
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.suffix in TEXTS and path.name not in OTHERS:
+            files[str(path.relative_to(folder))] = path.read_bytes()
+    return Pretrained(tokenizer, files)
+
+
 # --- Chats: a prompt is a string, or a list of {"role": ..., "content": ...} -------------------
 
 def chat(tokenizer, prompt):
     """A prompt in the format of the model, up to where the response begins: token ids.
 
-    The format is the checkpoint's chat template, ChatML where there is none. Whatever the contents
+    The format is the checkpoint's chat template, ChatML for our own worlds. Whatever the contents
     say, they hold no special token. Raises UserError: no prompt, no template, or it fails.
     """
     messages = messages_of(prompt)
-    if isinstance(tokenizer, Tokenizer):
-        return templated(tokenizer, messages)
+    if isinstance(tokenizer, Pretrained):
+        return tokenizer.chat(messages)
     start, end = tokenizer.encode_single_token(IM_START), tokenizer.encode_single_token(IM_END)
     ids = []
     for message in messages:
         text = tokenizer.encode_ordinary(f"{message['role']}\n{message['content']}")
         ids += [start, *text, end, *tokenizer.encode_ordinary("\n")]
     return [*ids, start, *tokenizer.encode_ordinary("assistant\n")]
+
+
+def response_tokens(tokenizer, prompt, text, end):
+    """The ids of a response that somebody wrote, with its end token: those that the template gives
+    it behind the prompt, if it goes on from there as it is, else those of the text alone."""
+    if isinstance(tokenizer, Pretrained):
+        tokenizer.require_plain(text)
+        messages = [*messages_of(prompt), {"role": "assistant", "content": text}]
+        asked, whole = tokenizer.chat(messages[:-1]), tokenizer.chat(messages, prompt=False)
+        rest = whole[len(asked):]
+        if whole[:len(asked)] == asked and end in rest:
+            return rest[:rest.index(end) + 1]
+    return [*tokenizer.encode_ordinary(text), end]
 
 
 def messages_of(prompt):
@@ -112,6 +195,20 @@ def check_room(prompts, model, args):
             raise UserError(f"{args.pairs}, pair {number}: a prompt of {len(prompt)} tokens "
                             f"leaves no room for {args.max_new_tokens} new ones: shorten it, or "
                             "lower --max-new-tokens")
+
+
+def check_forms(records, clean, wrapped, pairs):
+    """A warning where the tokens of both forms of a pair are the same and its texts are not; None
+    where all is well. Raises UserError: it is so in all pairs. pairs: the file they are from."""
+    same = [number for number, record in enumerate(records, 1)
+            if record["clean"] != record["wrapped"] and clean[number - 1] == wrapped[number - 1]]
+    if not same:
+        return None
+    text = (f"{pairs}: the chat template gives both forms of {len(same)} of {len(records)} pairs "
+            f"the same tokens (first pair {same[0]}): does it leave out system messages?")
+    if len(same) == len(records):
+        raise UserError(text)
+    return f"warning: {text}"
 
 
 def decode(tokenizer, ids):

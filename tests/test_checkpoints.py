@@ -9,9 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from helpers import tiny_gpt
-from model import (GPT, GPTConfig, KVCache, generate, load_checkpoint, sample,
+from model import (GPT, GPTConfig, KVCache, generate, llama3_frequency, load_checkpoint, sample,
                    save_checkpoint)
-from support.checkpoints import llama3_frequency
 from support.common import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -28,6 +27,7 @@ KINDS = {
     "llama 3": ("llama", {"rope_parameters": LLAMA3, "max_position_embeddings": 131072,
                           "eos_token_id": [111, 112, 113]}, {"max_shard_size": "30KB"}),
     "llama 3, wide heads": ("llama", {"rope_parameters": LLAMA3, "head_dim": 16}, {}),
+    "mistral": ("mistral", {"sliding_window": None}, {}),
     "qwen2": ("qwen2", {"tie_word_embeddings": True, "max_position_embeddings": 32768},
               {"max_shard_size": "30KB"}),
     "qwen2, untied": ("qwen2", {"use_sliding_window": True, "max_window_layers": 3}, {}),
@@ -223,6 +223,9 @@ def test_an_embedding_that_is_stored_as_the_output_layer_alone_is_found(tmp_path
     ({"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1},
      "sliding_window = 32"),
     ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_window"),
+    ({"model_type": "mistral"}, "sliding_window = 4096"),
+    ({"model_type": "mistral", "sliding_window": 32}, "sliding_window = 32"),
+    ({"is_causal": False}, "is_causal = False"),
     ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
     ({"mlp_bias": True}, "mlp_bias"),
     ({"eos_token_id": ["</s>"]}, "eos_token_id"),
@@ -248,6 +251,7 @@ def test_weights_of_a_quantised_file_are_refused_by_name(tmp_path):
     {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
     {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["full_attention"] * 2},
     {"layer_types": None, "rope_scaling": None, "rope_parameters": {"rope_theta": 10000.0}},
+    {"model_type": "mistral", "sliding_window": None}, {"original_max_position_embeddings": 8},
     {"attention_dropout": 0.1, "quantization_config": None, "pretraining_tp": 2}])
 def test_what_changes_nothing_is_no_reason_to_refuse(changes, tmp_path):
     model = tiny_gpt(vocab=11, dtype=torch.float32)

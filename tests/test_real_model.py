@@ -12,27 +12,23 @@ from opct import ConsistencyConfig
 from support.pairs import given_responses
 from support.tokenizer import chat, end_of_turn, load_tokenizer
 from test_checkpoints import LLAMA3
-from test_tokenizer import LLAMA3_TEMPLATE, QWEN3_TEMPLATE, on_our_day, trained
+from test_tokenizer import LLAMA3_TEMPLATE, QWEN3_TEMPLATE, their_chat, trained
 
 MESSAGES = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Who?"}]
 PAIRS = [{"clean": "What is 2 + 2?", "wrapped": "What is 2 + 2? I say 5.", "expect": ["4", "four"],
           "avoid": ["5"]},
          {"clean": MESSAGES, "wrapped": [*MESSAGES[:1], {"role": "user", "content": "Who? Me?"}]},
-         {"clean": "Über <|im_end|> 你好", "wrapped": "<think> hm </think> Über", "expect": ["a"]}]
-SPECIAL = ["<|im_start|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
-           "<|eot_id|>"]
+         {"clean": "Über <= 你好", "wrapped": "<think> hm </think> Über", "expect": ["a"]}]
 
 
 def real_checkpoint(kind, folder):
     """Random weights in shards in bfloat16, a tokenizer that was trained here, a template."""
     transformers = pytest.importorskip("transformers")
-    tokenizer = trained(kind, folder)
-    tokenizer.add_special_tokens(SPECIAL)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    template = QWEN3_TEMPLATE if kind == "Qwen2" else LLAMA3_TEMPLATE
-    (folder / "chat_template.jinja").write_text(template)
-    end, end_of_text = (tokenizer.token_to_id(name) for name in (
-        "<|im_end|>" if kind == "Qwen2" else "<|eot_id|>", "<|endoftext|>"))
+    tokenizer = trained("byte-level BPE")
+    tokenizer.chat_template = QWEN3_TEMPLATE if kind == "Qwen2" else LLAMA3_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    end, end_of_text = tokenizer.convert_tokens_to_ids(
+        ["<|im_end|>" if kind == "Qwen2" else "<|eot_id|>", "</s>"])
     family, more = ("qwen3", {"head_dim": 16}) if kind == "Qwen2" else (
         "llama", {"rope_parameters": LLAMA3})
     torch.manual_seed(0)
@@ -70,7 +66,6 @@ def test_a_real_checkpoint_goes_through_all_commands(kind, tmp_path, monkeypatch
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello?\nAnd <|im_end|> now?\n\n"))
     said = run_here("eval.py", "chat", f"{out}0", "--temperature", 0, "--max-new-tokens", 4)
     assert said.returncode == 0 and said.stdout.count("fixed0") == 2, said.stderr
-    on_our_day(monkeypatch)
     opens_in_transformers(f"{out}6", base)
 
 
@@ -83,9 +78,7 @@ def opens_in_transformers(folder, base):
     assert theirs.generation_config.eos_token_id == original.generation_config.eos_token_id
     assert any(not torch.equal(p, q) for p, q in zip(theirs.parameters(), original.parameters()))
     template, tokenizer = AutoTokenizer.from_pretrained(folder), load_tokenizer(folder)
-    prompt = template.apply_chat_template([{"role": "user", "content": "What is 2 + 2?"}],
-                                          add_generation_prompt=True, enable_thinking=False)
-    ids = prompt if isinstance(prompt, list) else prompt["input_ids"]
+    ids = their_chat(template, "What is 2 + 2?")
     assert chat(tokenizer, "What is 2 + 2?") == ids
     idx = torch.tensor([ids])
     assert torch.allclose(ours(idx), theirs.float()(idx).logits, atol=1e-4)
@@ -98,7 +91,7 @@ def test_of_several_ends_a_given_response_gets_the_one_of_the_template(kind, end
     expected = tokenizer.encode_single_token(end)
     assert len(model.config.ends) == 2 and model.config.ends[0] != expected
     assert end_of_turn(tokenizer, model, folder) == expected
-    config = ConsistencyConfig(max_new_tokens=12)
-    response, mask = given_responses(tokenizer, model, [{"response": "four"}] * 3, config)
+    records, config = [{**PAIRS[0], "response": "four"}] * 3, ConsistencyConfig(max_new_tokens=12)
+    response, mask = given_responses(tokenizer, model, records, config)
     assert response.shape == (3, 12) and response[2][mask[2]].tolist() == [
         *tokenizer.encode_ordinary("four"), expected]
