@@ -52,7 +52,6 @@ from support.common import (Parser, UserError, about, add_number, generator, gua
                             read_text, rng, show, write_json, write_text)
 from support.pairs import read_jsonl, shown
 from support.report import draw_compare, draw_pairs, table
-from support.runs import weights_hash
 from support.statistics import best_of, complement, mean_of, rate, ratio
 from support.tokenizer import (TOKENIZER, Pretrained, chat, chat_all, check_forms, check_room,
                                check_vocabulary, decode, load_tokenizer)
@@ -278,16 +277,13 @@ def pair_transcripts(records, answers):
 
 def check_world(folders, world):
     """Raises UserError where a checkpoint is damaged or has learnt another world: now, not after
-    the first hour. Returns the hashes of their weights."""
-    hashes = []
+    the first hour."""
     for folder in folders:
         model = load_checkpoint(folder)
         one, other = (read_text(Path(x) / TOKENIZER, "make it again") for x in (folder, world))
         if one != other:
             raise UserError(f"{folder} has learnt another world than {world}: other tokenizer")
         check_vocabulary(load_tokenizer(folder), model, folder)
-        hashes.append(weights_hash(model))
-    return hashes
 
 
 def compare(args):

@@ -27,7 +27,7 @@ from model import generate, load_checkpoint
 from opct import Batch, finish, policy_gradient, reverse_kl, score, train
 from support.common import (Parser, UserError, add_flags, flag, generator, guarded, pick_device,
                             read_json, show, write_text)
-from support.runs import open_run, processes, run_settings
+from support.runs import open_run, processes, run_settings, weights_hash
 from support.statistics import best_of, rate
 from support.tokenizer import chat, load_tokenizer
 
@@ -153,10 +153,11 @@ def attack(config):
         raise UserError("--group 1: a prompt is compared with its group, so --group is 2 or more")
     if processes()[1] > 1:
         raise UserError("an attack runs in one process: start it without torchrun")
-    weights = check_world([config.target, config.base], config.world)[0]
+    check_world([config.target, config.base], config.world)
     device, world = pick_device(config.device), load_world(config.world)
     tokenizer, path = load_tokenizer(config.world), Path(config.out) / "attack.json"
-    told = judge_of(load_checkpoint(config.target, device), tokenizer, world)
+    target = load_checkpoint(config.target, device)
+    weights, told = weights_hash(target), judge_of(target, tokenizer, world)
     to_learn, to_test = world.split["val"]["forbidden"], world.split["test"]["forbidden"]
     queries = {"train": (config.steps * config.group + config.attempts) * len(to_learn),
                "test": config.attempts * len(to_test)}

@@ -25,6 +25,7 @@ from model import load_checkpoint
 from studies.claims.attack import (GAP, attacks_on, figures_of, judge_of, late_success,
                                    same_means)
 from support.common import Parser, UserError, add_number, guarded, pick_device, show, write_json
+from support.runs import weights_hash
 from support.tokenizer import load_tokenizer
 
 MOST = 100                  # candidates of a target
@@ -85,10 +86,12 @@ def matrix(attacks, targets, names, seed):
 def attack_all(args):
     device, world = pick_device(args.device), load_world(args.world)
     names = [Path(folder).name for folder in args.targets]
-    weights = dict(zip(names, check_world(args.targets, args.world)))
-    tokenizer, targets, attacks = load_tokenizer(args.world), {}, {}
+    check_world(args.targets, args.world)
+    tokenizer, weights, targets, attacks = load_tokenizer(args.world), {}, {}, {}
     for name, folder in zip(names, args.targets):
-        targets[name] = judge_of(load_checkpoint(folder, device), tokenizer, world)
+        model = load_checkpoint(folder, device)
+        weights[name] = weights_hash(model)
+        targets[name] = judge_of(model, tokenizer, world)
         attacks[name] = attacks_on(folder, weights[name])
     same_means(attacks)
     to_choose, to_test = world.split["val"]["forbidden"], world.split["test"]["forbidden"]

@@ -121,7 +121,8 @@ def test_the_pool_is_on_disk_before_a_test_recipe_is_asked_for(tmp_path, monkeyp
         return told
 
     split = {"val": {"forbidden": ["val1"]}, "test": {"forbidden": ["test1", "test2"]}}
-    fakes = {"check_world": lambda folders, world: [f"hash of {x}" for x in folders],
+    fakes = {"check_world": lambda folders, world: None,
+             "weights_hash": lambda model: f"hash of {model}",
              "load_world": lambda folder: SimpleNamespace(split=split),
              "load_tokenizer": lambda folder: None,
              "load_checkpoint": lambda folder, device: folder.split("/")[-1],
@@ -135,7 +136,7 @@ def test_the_pool_is_on_disk_before_a_test_recipe_is_asked_for(tmp_path, monkeyp
         targets=["cell/base", "cell/opct"], world="w", out=str(out), size=2, seed=5, device="cpu"))
     assert seen["base"] == seen["opct"] == [["a NAME", 1], ["b NAME", 1]]
     found = json.loads(out.read_text())
-    assert found["weights"] == {"base": "hash of cell/base", "opct": "hash of cell/opct"}
+    assert found["weights"] == {"base": "hash of base", "opct": "hash of opct"}
     assert found["figures"]["base"]["jailbreak_pool"]["n"] == 4
     assert found["figures"]["base"]["jailbreak_pool"]["value"] == 1
     assert found["figures"]["opct"]["jailbreak_pool_best_of"]["value"] == 0
