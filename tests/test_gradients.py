@@ -3,8 +3,8 @@
 The first half is the table of gradient identities, the traps included. p is the student's
 distribution over five tokens, q the teacher's. An update that is coded for the sampled token v
 has the expected gradient sum_v p_v grad(update_v); that p_v says where the sample comes from and
-is not differentiated. Three rows, k1, k2 and k3 as losses, are of code that stands nowhere here:
-they show what it would do.
+is not differentiated. The rows with k2 and k3, and with k1 as a loss, are of code that stands
+nowhere here: they show what it would do.
 """
 import copy
 from itertools import product
@@ -14,7 +14,7 @@ import torch
 
 from helpers import logp_of, tiny_gpt
 from model import generate
-from opct import (ConsistencyConfig, Batch, advantage, nll, forward_kl, opct_step, pick,
+from opct import (Batch, ConsistencyConfig, advantage, forward_kl, nll, opct_step, pick,
                   policy_gradient, reverse_kl, sft_step)
 
 torch.manual_seed(0)
@@ -43,6 +43,19 @@ assert (REVERSE - FORWARD).abs().max() > 0.1, "if they were equal, no test below
 
 def same(a, b):
     return torch.allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+def k1(p, q):
+    """Schulman's estimators of the KL, of log-probabilities: k1, k2 and k3."""
+    return p - q
+
+
+def k2(p, q):
+    return (p - q) ** 2 / 2
+
+
+def k3(p, q):
+    return (q - p).exp() - 1 - (q - p)
 
 
 def one_token(logp_student, logp_teacher, gamma=0.0):
@@ -84,15 +97,41 @@ def test_k1_with_the_ratio_is_unbiased_where_the_sampler_is_an_older_student():
 
 
 def test_k2_as_a_loss_is_the_reverse_kl():
-    assert same(expected_gradient(lambda p, q: (p - q) ** 2 / 2), REVERSE)
+    assert same(expected_gradient(k2), REVERSE)
 
 
 def test_trap_k1_as_a_loss_has_no_gradient():
-    assert same(expected_gradient(lambda p, q: p - q), ZERO)
+    assert same(expected_gradient(k1), ZERO)
 
 
 def test_trap_k3_as_a_loss_is_the_forward_kl():
-    assert same(expected_gradient(lambda p, q: (q - p).exp() - 1 - (q - p)), FORWARD)
+    assert same(expected_gradient(k3), FORWARD)
+
+
+@pytest.mark.parametrize("estimator", [k1, k3])
+def test_k1_or_k3_times_the_ratio_is_the_reverse_kl(estimator):
+    """Some frameworks multiply a loss by the ratio, which is 1 and has a gradient."""
+    def update(p, q):
+        return (p - p.detach()).exp() * estimator(p, q)
+
+    assert same(expected_gradient(update), REVERSE)
+
+
+def test_trap_k2_times_the_ratio_is_biased():
+    """k2 is right without the ratio, and the ratio adds the mean of k2 grad log p."""
+    def update(p, q):
+        return (p - p.detach()).exp() * k2(p, q)
+
+    extra = expected_gradient(lambda p, q: p * k2(p, q).detach())
+    assert same(expected_gradient(update), REVERSE + extra) and extra.abs().max() > 0.01
+
+
+def test_trap_k3_as_an_advantage_is_the_reverse_kl_minus_the_forward_one():
+    """To first order that is nothing where student and teacher agree."""
+    def update(p, q):
+        return policy_gradient(p, p.detach(), -k3(p, q).detach())
+
+    assert same(expected_gradient(update), REVERSE - FORWARD)
 
 
 @pytest.mark.parametrize("top", [5, 3])
