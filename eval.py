@@ -2,6 +2,7 @@
 
     python eval.py compare BASE RUN ... --world W --out DIR   results.json, results.md, results.png
     python eval.py pairs BASE RUN ... --pairs held_out.jsonl  a chat model, your own pairs
+    python eval.py tokens BASE RUN ... --pairs FILE --out page.html    the KL at each token
     python eval.py chat CHECKPOINT ...                        type a prompt, see the answers
 
 `compare` judges the world of data.py. All rates come from single responses at temperature 1 to
@@ -37,6 +38,7 @@ higher is better.
     expect_*, avoid_*     share of the answers with one of the record's `expect` (+), or `avoid`
     length_*, cut_*       tokens of a sample; share of the samples cut at the limit
 """
+import math
 import re
 import sys
 import time
@@ -49,9 +51,9 @@ from data import AXES, CAPABILITIES, judge, load_world
 from model import generate, is_end, load_checkpoint
 from opct import Batch, is_large, reverse_kl, score
 from support.common import (Parser, UserError, about, add_number, generator, guarded, pick_device,
-                            read_text, rng, show, write_json, write_text)
+                            read_text, rng, show, write_json, write_jsonl, write_text)
 from support.pairs import read_jsonl, shown
-from support.report import draw_compare, draw_pairs, table
+from support.report import draw_compare, draw_pairs, table, write_page
 from support.statistics import best_of, complement, mean_of, rate, ratio
 from support.tokenizer import (TOKENIZER, Pretrained, chat, chat_all, check_forms, check_room,
                                check_vocabulary, decode, load_tokenizer)
@@ -245,6 +247,69 @@ def evaluate_pairs(model, base, tokenizer, records, max_new_tokens=64, seed=0):
     return {name: figures[name] for name in PAIRS_ORDER if name in figures}, answers
 
 
+# --- The KL at each token of a response ---------------------------------------------------------
+
+LIKELIEST = 5           # tokens of a distribution that are shown
+
+
+@torch.no_grad()
+def explained(model, base, tokenizer, asked, clean, noise, temperature=1.0):
+    """The responses of `model` to `asked`, token by token, beside the base after `clean`.
+
+    asked, clean: prompts as token ids; noise (len(asked), T) uniform: one row decides a response.
+    Returns a list of tokens for each: {"text", "p" and "p_base" (probabilities), "log_ratio", "kl"
+    (KL(model after asked || base after clean), nats), "likeliest", "likeliest_base"}, the last two
+    lists of (text, probability). The numbers are those of `score`, which training uses.
+    """
+    out = [None] * len(asked)
+    for some in batches(model, asked):
+        batch, tops = Batch([clean[i] for i in some], [asked[i] for i in some]), []
+
+        def kl_and_tops(logp_student, logp_teacher):
+            tops.append([logp.topk(min(LIKELIEST, logp.shape[-1]))
+                         for logp in (logp_student, logp_teacher)])
+            return reverse_kl(logp_student, logp_teacher)
+
+        response, mask = generate(model, batch.wrapped, noise.shape[1], temperature,
+                                  noise=noise[some])
+        values = score(model, base, batch, response, mask, kl_and_tops)
+        likeliest = [[[(decode(tokenizer, [t]), p) for t, p in zip(*row)]
+                      for row in zip(torch.cat([top[side].indices for top in tops]).tolist(),
+                                     torch.cat([top[side].values.exp() for top in tops]).tolist())]
+                     for side in (0, 1)]
+        tokens = []
+        for t, own, ref, kl, ours, theirs in zip(response[mask].tolist(),
+                                                 *(v.tolist() for v in values), *likeliest):
+            tokens.append({"text": decode(tokenizer, [t]), "p": math.exp(own),
+                           "p_base": math.exp(ref), "log_ratio": own - ref, "kl": kl,
+                           "likeliest": ours, "likeliest_base": theirs})
+        for i, length in zip(some, mask.sum(1).tolist()):
+            out[i], tokens = tokens[:length], tokens[length:]
+    return out
+
+
+def nats_of(tokens):
+    return sum(token["kl"] for token in tokens)
+
+
+def telling_pairs(records, found, number):
+    """The places of the pairs at which the base's responses (tokens of `explained`) have the most
+    nats, the most first; of a world as many of each axis. Freaks, with a token of less than 1 %,
+    come last: they show what may happen, and not what does."""
+    def rank(i):
+        return min(token["p"] for token in found[i]) < 0.01, -nats_of(found[i])
+
+    groups = {}
+    for i, record in enumerate(records):
+        if record.get("axis", "") in ("", *AXES):
+            groups.setdefault(record.get("axis", ""), []).append(i)
+    each = -(-number // max(1, len(groups)))
+    chosen = []
+    for group in groups.values():
+        chosen += sorted(group, key=rank)[:each]
+    return sorted(chosen, key=rank)[:number]
+
+
 # --- Reporting -------------------------------------------------------------------------------
 
 def transcripts(records, responses):
@@ -358,6 +423,56 @@ def pairs(args):
     show(f"\n{text}\n{examples}\nwritten to {out}")
 
 
+def show_tokens(args):
+    """Writes the page that shows the KL at each token of some responses, and the same as JSONL."""
+    device, first = pick_device(args.device), args.checkpoints[0]
+    records, columns = read_jsonl(args.pairs), columns_of(args.checkpoints)
+    base, tokenizer = load_checkpoint(first, device), load_tokenizer(first)
+    clean, wrapped = (chat_all(tokenizer, base, records, form, args)
+                      for form in ("clean", "wrapped"))
+    noise = torch.rand(len(records), args.max_new_tokens, generator=generator(args.seed, "tokens"))
+    found = explained(base, base, tokenizer, wrapped, clean, noise, args.temperature)
+    chosen = telling_pairs(records, found, args.number)
+    clean, wrapped = ([side[i] for i in chosen] for side in (clean, wrapped))
+    base_name, noise = next(iter(columns)), noise[chosen]
+    runs = {f"{base_name}, clean": explained(base, base, tokenizer, clean, clean, noise,
+                                             args.temperature),
+            base_name: [found[i] for i in chosen]}
+    for name, folder in list(columns.items())[1:]:
+        model = load_checkpoint(folder, device)
+        runs[name] = explained(model, base, tokenizer, wrapped, clean, noise, args.temperature)
+        show(f"  {name}: {len(chosen)} pairs")
+    pairs, lines = [], []
+    for place, i in enumerate(chosen):
+        responses = [{"name": name, "tokens": run[place], "nats": nats_of(run[place])}
+                     for name, run in runs.items()]
+        prompts = [(form, text_of(records[i][form])) for form in ("clean", "wrapped")]
+        pairs.append({"name": records[i].get("axis", f"pair {i + 1}"), "prompts": prompts,
+                      "responses": responses})
+        lines += [jsonl_of(dict(prompts), response) for response in responses]
+    write_page(args.out, f"{', '.join(columns)}: the KL at each token", base_name, pairs)
+    write_jsonl(Path(args.out).with_suffix(".jsonl"), lines)
+    show(f"written to {args.out}: open it in a browser")
+
+
+def text_of(prompt):
+    """A prompt as one text."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def jsonl_of(prompts, response):
+    """One response for the JSONL beside a page."""
+    tokens = response["tokens"]
+    metrics = {name: [token[name] for token in tokens]
+               for name in ("kl", "p", "p_base", "log_ratio")}
+    return {**prompts, "checkpoint": response["name"], "nats": response["nats"],
+            "tokens": [token["text"] for token in tokens], "metrics": metrics,
+            "next_tokens": [{"model": token["likeliest"], "base": token["likeliest_base"]}
+                            for token in tokens]}
+
+
 def talk(args):
     """Reads prompts until the end of input, or an empty line. A real chat model sees the
     conversation so far; ours have learnt to answer one prompt."""
@@ -393,16 +508,22 @@ def main():
     q.add_argument("checkpoints", nargs="+", help="folders; the first is the base")
     q.add_argument("--pairs", required=True, help="held-out pairs, one JSON object a line")
     q.add_argument("--out", help="the folder for the results (default: named after the pairs)")
+    k = commands.add_parser("tokens", help="a page that shows the KL at each token")
+    k.add_argument("checkpoints", nargs="+", help="folders; the first is the base")
+    k.add_argument("--pairs", required=True, help="pairs, one JSON object a line")
+    k.add_argument("--out", required=True, help="the page, such as tokens.html; .jsonl beside it")
+    add_number(k, "number", 12, "pairs, those at which the base is furthest from itself")
     t = commands.add_parser("chat", help="type a prompt, see the answer")
     t.add_argument("checkpoints", nargs="+")
-    add_number(t, "temperature", 1.0, "0: the likeliest token")
-    for p in (q, t):
+    for p in (k, t):
+        add_number(p, "temperature", 1.0, "0: the likeliest token")
+    for p in (q, k, t):
         add_number(p, "max-new-tokens", 64, "a longer answer is cut")
-    for p in (c, q, t):
+    for p in (c, q, k, t):
         add_number(p, "seed", 0, "of all sampling")
         p.add_argument("--device", help="cpu or cuda (default: the best there is)")
     args = parser.parse_args()
-    {"compare": compare, "pairs": pairs, "chat": talk}[args.command](args)
+    {"compare": compare, "pairs": pairs, "tokens": show_tokens, "chat": talk}[args.command](args)
 
 
 if __name__ == "__main__":

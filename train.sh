@@ -24,7 +24,7 @@ seed=0
 [ $# -le $most ] || die "too many arguments: see the top of train.sh"
 
 # This Python if it has the packages, else one of our own in .venv.
-packages="import torch, tiktoken, numpy, safetensors, pytest, matplotlib"
+packages="import torch, tiktoken, numpy, safetensors, pytest, matplotlib, jinja2"
 python3 -c "$packages" 2>/dev/null && python=python3 || python=.venv/bin/python
 if ! $python -c "$packages" 2>/dev/null; then
     echo "== setting up .venv (once; torch is the largest part)"
@@ -77,4 +77,7 @@ consistency opct-exact opct exact
 stage "${minutes[2]}" "what was fixed and what was broken" $python eval.py compare \
     $out/{base,sft,sft-exact,opct,opct-exact} --world $out/world --out $out --attempts $attempts \
     --seed $seed
-echo; echo "== done in $((SECONDS / 60)) min $((SECONDS % 60)) s; the picture: $out/results.png"
+stage 0.3 "the KL at each token, for two pairs of each axis" $python eval.py tokens \
+    $out/{base,sft,opct} --pairs $out/world/test.jsonl --number 6 --out $out/tokens.html --seed $seed
+echo; echo "== done in $((SECONDS / 60)) min $((SECONDS % 60)) s"
+echo "the table and the picture: $out/results.md, $out/results.png; to look at: $out/tokens.html"

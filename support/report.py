@@ -1,8 +1,10 @@
 """What a user sees: progress, tables no wider than a page, and the figures of eval.py."""
 import os
 import sys
+import unicodedata
+from pathlib import Path
 
-from support.common import show
+from support.common import UserError, show, write_text
 
 WIDTH = 100                                                 # of a table, in characters
 HIGHER = ("accuracy", "safety", "capab", "agreement", "expect")    # better when higher
@@ -154,3 +156,67 @@ def draw_pairs(runs, path):
     axes[0].legend(bbox_to_anchor=(1.01, 1), loc="upper left", frameon=False)
     fig.tight_layout()
     save_figure(plt, fig, path)
+
+
+# --- The page of tokens ------------------------------------------------------------------------
+
+FULL = 2.0          # nats from which on a token has the full colour
+
+
+def pieces_of(text):
+    """A text as [(mark, text)]: marks, shown in grey, stand for what would not be seen or would
+    change what is seen, such as blanks, line ends and the signs that turn the direction of text."""
+    pieces = []
+    for c in text:
+        category = unicodedata.category(c)
+        if c == " ":
+            pieces.append((True, "·"))
+        elif c == "\n":
+            pieces.append((True, "↵\n"))
+        elif category in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp"):
+            pieces.append((True, f"U+{ord(c):04X}"))
+        elif pieces and not pieces[-1][0]:
+            pieces[-1] = False, pieces[-1][1] + c
+        else:
+            pieces.append((False, c))
+    return pieces
+
+
+def on_one_line(text):
+    return "".join(piece.strip("\n") for _, piece in pieces_of(text))
+
+
+def tip_of(token):
+    """What a page tells of a token: its probabilities, its KL, the likeliest tokens of both."""
+    lines = [f"{on_one_line(token['text'])}  p {token['p']:.3g}, base {token['p_base']:.3g}, "
+             f"log-ratio {token['log_ratio']:+.3f}, KL {token['kl']:.4f}"]
+    for name, title in (("likeliest", "model:"), ("likeliest_base", "base:")):
+        some = [f"{on_one_line(text)} {p:.2f}" for text, p in token[name] if p >= 0.005]
+        lines.append(f"{title} " + "  ".join(some))
+    return "\n".join(lines)
+
+
+def write_page(path, title, base, pairs):
+    """Writes the page that shows the KL at each token. No script is needed to read it.
+
+    pairs: {"name", "prompts": [(name, text)], "responses": [{"name", "nats", "tokens"}]} each, with
+    tokens as `explained` of eval.py returns them.
+    """
+    try:
+        import jinja2
+    except ImportError as error:
+        raise UserError("the page needs jinja2: `pip install jinja2`") from error
+    shown = []
+    for pair in pairs:
+        responses = []
+        for response in pair["responses"]:
+            tokens = [{"pieces": pieces_of(token["text"]), "tip": tip_of(token),
+                       "shade": round(100 * min(1.0, max(0.0, token["kl"] / FULL)))}
+                      for token in response["tokens"]]
+            responses.append({"name": response["name"], "tokens": tokens,
+                              "sum": f"{response['nats']:.2f} nats"})
+        prompts = [(name, pieces_of(text)) for name, text in pair["prompts"]]
+        shown.append({"name": pair["name"], "prompts": prompts, "responses": responses})
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    template = jinja2.Environment(loader=loader, autoescape=True).get_template("tokens.html.jinja")
+    write_text(path, template.render(title=title, base=base, full=f"{FULL:g}", pairs=shown) + "\n")
