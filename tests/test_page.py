@@ -124,9 +124,9 @@ def test_colours_go_from_white_at_0_to_full_at_2_nats(tmp_path):
 @pytest.mark.parametrize("text", NASTY)
 def test_any_text_is_shown_as_text(text, tmp_path):
     page = written(tmp_path, text, [text, "b", "c"])
-    harmless = Reader(written(tmp_path, "x", ["x", "b", "c"]))
+    harmless = Reader(written(tmp_path, "x y", ["x", "b", "c"]))
     reader = Reader(page)
-    assert set(reader.tags) == set(harmless.tags) and reader.tags.count("i") == 3
+    assert set(reader.tags) <= set(harmless.tags) and reader.tags.count("i") == 3
     assert "script" not in reader.tags and "\0" not in page and "\u202e" not in page
     expected = "".join(piece for _, piece in pieces_of(text))
     assert reader.tokens[0][1] == expected
