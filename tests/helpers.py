@@ -2,8 +2,14 @@
 import contextlib
 import importlib
 import io
+import multiprocessing
+import os
+import runpy
 import shutil
+import signal
+import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -12,6 +18,7 @@ import torch
 
 from model import GPT, GPTConfig
 from opct import log_probabilities, response_states
+from support import runs
 from support.common import guarded
 
 ROOT = Path(__file__).parent.parent
@@ -35,18 +42,81 @@ def logp_of(model, prompts, response, mask):
     return log_probabilities(model, response_states(model, prompts, response, mask))
 
 
-def run_here(*args):
-    """Runs a command such as ("opct.py", "sft", ...) in this process, since a new one takes seconds
-    to import torch. Returns what subprocess.run would: returncode, stdout, stderr."""
+# --- Commands without a new Python, which takes seconds to import torch ------------------------
+
+def captured(call, argv):
+    """Calls it with these arguments on the command line. Returns what subprocess.run would."""
     out, err, code = io.StringIO(), io.StringIO(), 0
-    main = importlib.import_module(Path(args[0]).stem).main
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        with mock.patch.object(sys, "argv", list(map(str, args))):
+        with mock.patch.object(sys, "argv", list(map(str, argv))):
             try:
-                guarded(main)
+                call()
             except SystemExit as stopped:
                 code = stopped.code or 0
     return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+
+
+def run_here(*args):
+    """Runs a command such as ("opct.py", "sft", ...) in this process."""
+    main = importlib.import_module(Path(args[0]).stem).main
+    return captured(lambda: guarded(main), args)
+
+
+def run_script_here(*args):
+    """As `python *args`, in this process: a script of the current folder, or -m and a module."""
+    if args[0] != "-m":
+        return captured(lambda: runpy.run_path(args[0], run_name="__main__"), args)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)     # it was imported before
+        return captured(lambda: runpy.run_module(args[1], run_name="__main__", alter_sys=True),
+                        args[1:])
+
+
+STAND_IN = """#!/bin/sh
+[ "$1" = -c ] && exit           # are the packages there?
+IFS=$(printf '\\t')
+echo "$*" >> commands.txt
+"""
+
+
+def commands_of(folder, *args):
+    """What `bash train.sh *args` in this folder has Python do: a list of argument lists. A stand-in
+    for Python notes them and does nothing."""
+    stand_in = folder / "bin/python3"
+    stand_in.parent.mkdir(exist_ok=True)
+    stand_in.write_text(STAND_IN)
+    stand_in.chmod(0o755)
+    done = subprocess.run(["bash", "train.sh", *args], cwd=folder, capture_output=True, text=True,
+                          env={**os.environ, "PATH": f"{stand_in.parent}:{os.environ['PATH']}"})
+    assert done.returncode == 0, done.stderr
+    lines = (folder / "commands.txt").read_text().splitlines()
+    (folder / "commands.txt").unlink()
+    return [line.split("\t") for line in lines]
+
+
+def fork(*args, environment=(), die_at=None):
+    """Starts a command of opct.py in a process of its own, forked from one that has imported torch
+    and done nothing else. It kills itself when it has logged the step `die_at`."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["opct"])
+    with mock.patch.dict(os.environ, PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}"):
+        process = context.Process(target=in_a_fork, args=(args, dict(environment), die_at))
+        process.start()
+    return process
+
+
+def in_a_fork(args, environment, die_at):
+    os.environ.update(environment)
+    sys.stdout = open(os.devnull, "w")
+    sys.argv, write = list(map(str, args)), runs.Log.write
+
+    def write_and_die(self, step, *more):
+        write(self, step, *more)
+        if step == die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    runs.Log.write = write_and_die
+    guarded(importlib.import_module("opct").main)
 
 
 def copy_of_the_repository(folder):

@@ -1,16 +1,16 @@
 """The training loop and the command lines: learning, killing and resuming, bad input."""
 import json
 import signal
+import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
 import opct
-from helpers import run_here, tiny_gpt
+from helpers import fork, run_here, tiny_gpt
 from model import generate, load_checkpoint, save_checkpoint
 from opct import (ConsistencyConfig, PretrainConfig, controlled, finish, learning_rate,
                   rows_of_update, train, with_defaults)
@@ -23,15 +23,6 @@ ROOT = Path(__file__).parent.parent
 TINY_WORLD = "--cities 12 --lands 4 --recipes 6 --things 12 --pairs 6 --tests 6".split()
 PRETRAIN = "pretrain --steps 8 --rows 4 --layers 1 --width 64 --save-every 3".split()
 CONSISTENCY = "--steps 6 --batch 4 --samples 2 --max-new-tokens 16 --save-every 2".split()
-
-
-def command(*args):
-    return [sys.executable, *map(str, args)]
-
-
-def start(*args):
-    """In a process of its own, to be killed or to compare with one that was."""
-    return subprocess.run(command(*args), cwd=ROOT, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -57,19 +48,21 @@ def stage(home, name):
             "--pairs", home / "world/train.jsonl"]
 
 
-# A command that kills itself when it has logged a step.
-KILLED = """
-import os, runpy, signal, sys
-from support import runs
-write = runs.Log.write
-def write_and_die(self, step, *more):
-    write(self, step, *more)
-    if step == {}:
-        os.kill(os.getpid(), signal.SIGKILL)
-runs.Log.write = write_and_die
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+@pytest.fixture(scope="module")
+def unbroken(home):
+    """A run that nobody disturbs, made once: its folder and what it printed."""
+    found = {"pretrain": (home / "base", "")}
+
+    def run(name):
+        if name not in found:
+            out = home / name.replace(" ", "")
+            done = run_here(*stage(home, name), "--out", out)
+            assert done.returncode == 0, done.stderr
+            found[name] = out, done.stdout
+        return found[name]
+
+    return run
+
 
 # --- Learning ----------------------------------------------------------------------------------
 
@@ -104,10 +97,8 @@ def test_the_learning_rate_rises_and_falls_in_straight_lines():
 
 @pytest.mark.parametrize("name", ["sft --loss sampled", "sft --loss exact",
                                   "opct --loss sampled", "opct --loss exact"])
-def test_every_arm_trains_and_logs(home, name):
-    out = home / name.replace(" ", "")
-    done = run_here(*stage(home, name), "--out", out)
-    assert done.returncode == 0, done.stderr
+def test_every_arm_trains_and_logs(home, unbroken, name):
+    out, printed = unbroken(name)
     log = read_log(out)
     assert [line["step"] for line in log] == list(range(6))
     assert set(log[0]) == {"step", "loss", "grad_norm", "lr", "kl_exact", "tokens", "seconds",
@@ -115,13 +106,14 @@ def test_every_arm_trains_and_logs(home, name):
     base, trained = load_checkpoint(home / "base"), load_checkpoint(out)
     assert weights_hash(base) != weights_hash(trained)
     assert json.loads((out / "run.json").read_text())["teacher"] == weights_hash(base)
-    assert "clean " in done.stdout and "wrapped " in done.stdout and "response " in done.stdout
+    assert "clean " in printed and "wrapped " in printed and "response " in printed
 
 
 def weights(folder):
     return load_checkpoint(folder).state_dict()
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has no Muon before 2.9")
 @pytest.mark.parametrize("shape", [(16, 16), (8, 24), (24, 8)])
 def test_muon_is_the_one_of_torch_but_for_bfloat16(shape):
     torch.manual_seed(0)
@@ -209,22 +201,23 @@ def test_sft_on_responses_that_the_pairs_hold(home, tmp_path):
 
 # --- Killing and resuming ----------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", ["pretrain", "sft", "sft --stored 0", "opct"])
-def test_a_killed_run_that_is_started_again_ends_bit_identical(home, name, tmp_path):
-    """kill -9 a step behind the first saved state, then the same command again; on a CPU with the
-    same number of threads."""
-    unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
-    args = [*stage(home, name), "--device", "cpu", "--out"]
+@pytest.mark.parametrize("name", ["pretrain", "sft --loss sampled", "sft --stored 0",
+                                  "opct --loss sampled"])
+def test_a_killed_run_that_is_started_again_ends_bit_identical(home, unbroken, name, tmp_path):
+    """kill -9 a step behind the first saved state, then the same command again, in another process;
+    on a CPU with the same number of threads."""
+    (undisturbed, _), killed = unbroken(name), tmp_path / "killed"
+    args = [*stage(home, name), "--device", "cpu", "--out", killed]
     saved = int(args[args.index("--save-every") + 1])
-    assert start(*args, unbroken).returncode == 0
-    done = start("-c", KILLED.format(saved), *args, killed)
-    assert done.returncode == -signal.SIGKILL and len(read_log(killed)) == saved + 1
+    process = fork(*args, die_at=saved)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and len(read_log(killed)) == saved + 1
     assert (killed / "state.safetensors").exists() and not (killed / "model.safetensors").exists()
-    again = start(*args, killed)
+    again = run_here(*args)
     assert again.returncode == 0 and f"going on from step {saved}" in again.stdout
     for file in ("model.safetensors", "config.json", "tiktoken.json", "run.json"):
-        assert (unbroken / file).read_bytes() == (killed / file).read_bytes()
-    logs = [read_log(folder) for folder in (unbroken, killed)]
+        assert (undisturbed / file).read_bytes() == (killed / file).read_bytes()
+    logs = [read_log(folder) for folder in (undisturbed, killed)]
     for line in logs[0] + logs[1]:
         del line["seconds"]
     assert logs[0] == logs[1]                               # each step once, with the same numbers
@@ -236,12 +229,9 @@ def test_the_teacher_after_a_resume_is_the_one_of_the_start(home, tmp_path):
     """A public code lost it: after a resume the half-trained student was the teacher, and the loss
     fell to zero at once."""
     out = tmp_path / "run"
-    args = command(*stage(home, "opct"), "--out", out)
-    process = subprocess.Popen(args, cwd=ROOT, stdout=subprocess.DEVNULL)
-    while not (out / "state.safetensors").exists() and process.poll() is None:
-        time.sleep(0.002)
-    process.kill()
-    process.wait()
+    process = fork(*stage(home, "opct"), "--out", out, die_at=3)
+    process.join()
+    assert (out / "state.safetensors").exists()
     kept = (home / "base/model.safetensors").read_bytes()
     try:                                                    # another base in its place is noticed
         other = load_checkpoint(home / "base")
@@ -399,16 +389,34 @@ def test_a_control_changes_the_prompts_that_it_names_and_no_others():
 
 # --- Several processes -------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", ["pretrain", "sft --stored 0", "opct --loss sampled"])
-def test_two_processes_take_the_steps_of_one(home, name, tmp_path):
+def two_forks(args):
+    """The two processes that `torchrun` would start, without its seconds."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    both = [fork(*args, environment={
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port)}) for rank in range(2)]
+    for process in both:
+        process.join()
+    return [process.exitcode for process in both]
+
+
+def torchrun(args):
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                           "--nproc-per-node", "2", *map(str, args)], cwd=ROOT,
+                          capture_output=True, text=True)
+    return [done.returncode]
+
+
+@pytest.mark.parametrize("name, start", [("pretrain", two_forks), ("sft --stored 0", two_forks),
+                                         ("opct --loss sampled", torchrun)])
+def test_two_processes_take_the_steps_of_one(home, name, start, tmp_path):
     """The same global batch gives the same losses, however many processes share it out."""
-    logs = []
-    for n in (1, 2):
-        done = start("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", n,
-                   *stage(home, name), "--device", "cpu", "--lr", "3e-4", "--out",
-                   tmp_path / str(n))
-        assert done.returncode == 0, done.stderr
-        logs.append(read_log(tmp_path / str(n)))
+    args = [*stage(home, name), "--device", "cpu", "--lr", "3e-4", "--out"]
+    assert run_here(*args, tmp_path / "1").returncode == 0
+    assert set(start([*args, tmp_path / "2"])) == {0}
+    logs = read_log(tmp_path / "1"), read_log(tmp_path / "2")
     assert len(logs[0]) == len(logs[1]) > 5
     for one, two in zip(*logs):
         assert one["tokens"] == two["tokens"] and one["step"] == two["step"]
