@@ -1,24 +1,19 @@
 """The figures that are reported: statistics by hand, and the whole pipeline at its smallest."""
+import io
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from helpers import copy_of_the_repository, tiny_gpt
+from helpers import commands_of, copy_of_the_repository, run_script_here, tiny_gpt
 from eval import (ORDER, ausc, contains, drift_kl, evaluate, evaluate_pairs, pair_transcripts,
                   respond, samples_of, shares, table)
 from model import generate
 from support.common import generator
 from support.report import figure_text, markdown
 from support.statistics import best_of, complement, mean_of, rate, ratio, wilson
-
-ROOT = Path(__file__).parent.parent
 
 
 def test_wilson_by_hand():
@@ -275,18 +270,21 @@ def test_no_value_is_shown_outside_of_its_interval():
     assert figure_text("agreement", figure) == "0.006 (0.006-0.007)"
 
 
-def test_the_smoke_pipeline(tmp_path):
-    """`bash train.sh smoke` in a copy of the repository, then again, which repeats nothing."""
+def test_the_smoke_pipeline(tmp_path, monkeypatch):
+    """The commands of `bash train.sh smoke` in a copy of the repository; then again, which repeats
+    nothing. They run in this process, see `commands_of`."""
     copy_of_the_repository(tmp_path)
-    this_python_first = {**os.environ,
-                         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    monkeypatch.chdir(tmp_path)
 
-    def started(*command, **more):
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True,
-                              env=this_python_first, **more)
+    def train_sh():
+        printed = ""
+        for command in commands_of(tmp_path, "smoke"):
+            done = run_script_here(*command)
+            assert done.returncode == 0, done.stderr
+            printed += done.stdout
+        return printed
 
-    done = started("bash", "train.sh", "smoke")
-    assert done.returncode == 0, done.stderr
+    printed = train_sh()
     out = tmp_path / "out/smoke"
     results = json.loads((out / "results.json").read_text())
     runs = results["runs"]
@@ -300,23 +298,22 @@ def test_the_smoke_pipeline(tmp_path):
         import matplotlib  # noqa: F401
         assert (out / "results.png").stat().st_size > 10_000
     except ImportError:
-        assert "figure is left out" in done.stdout
-    again = started("bash", "train.sh", "smoke")
-    assert again.returncode == 0 and again.stdout.count("finished already") == 5
+        assert "figure is left out" in printed
+    assert train_sh().count("finished already") == 5
     assert json.loads((out / "results.json").read_text())["runs"] == runs
     pairs = tmp_path / "mine.jsonl"
     lines = (out / "world/train.jsonl").read_text().splitlines()[:9]
     pairs.write_text("".join(json.dumps({**json.loads(line), "expect": ["so"]}) + "\n"
                              for line in lines))
-    told = started(sys.executable, "eval.py", "pairs", "out/smoke/base", "out/smoke/opct",
-                   "--pairs", "mine.jsonl")
+    told = run_script_here("eval.py", "pairs", "out/smoke/base", "out/smoke/opct",
+                           "--pairs", "mine.jsonl")
     assert told.returncode == 0, told.stderr
     results = json.loads((tmp_path / "mine-eval/results.json").read_text())
     assert list(results["runs"]) == ["base", "opct"]
     assert results["runs"]["base"]["kl_wrapped"]["n"] > 9 and "agreement +" in told.stdout
     assert len(results["answers"]["opct"]["clean sampled"]) == 9
     prompts = "who rules it?\n" + "who " * 400 + "\n\n"
-    chatted = started(sys.executable, "eval.py", "chat", "out/smoke/base", "out/smoke/opct",
-                      input=prompts)
+    monkeypatch.setattr("sys.stdin", io.StringIO(prompts))
+    chatted = run_script_here("eval.py", "chat", "out/smoke/base", "out/smoke/opct")
     assert chatted.returncode == 0 and chatted.stdout.count("  out/smoke/base  ") == 2
     assert "do not fit" in chatted.stdout

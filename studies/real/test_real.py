@@ -1,10 +1,9 @@
 """The study of a real model: the conversion from GGUF, the facts, the questions, the report."""
 import json
-import os
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from eval import contains
-from helpers import copy_of_the_repository
+from helpers import commands_of, copy_of_the_repository, run_script_here
 from model import GPT, GPTConfig, load_checkpoint
 from studies.real import convert, questions, report
 from studies.real.measure import groups, letter
@@ -324,21 +323,34 @@ def test_results_about_other_questions_are_refused():
 
 # --- A whole study ---------------------------------------------------------------------------
 
-def test_the_study_at_its_smallest(tokens, tmp_path):
-    """`bash train.sh study real smoke` in a copy, with a random model in the place of the real
-    one; given again, it repeats no run."""
+class DoneHere:
+    """Stands for a process of the pool: the command runs in this one, before anybody asks."""
+
+    def __init__(self, argv, stdout, **more):
+        assert argv[0] == sys.executable
+        done = run_script_here(*argv[1:])
+        stdout.write(done.stdout + done.stderr)
+        self.returncode = done.returncode
+
+    def poll(self):
+        return self.returncode
+
+    terminate = wait = poll
+
+
+def test_the_study_at_its_smallest(tokens, tmp_path, monkeypatch):
+    """The command of `bash train.sh study real smoke` in a copy, with a random model in the place
+    of the real one; given again, it repeats no run. All but the update whose memory is measured
+    runs in this process."""
     copy_of_the_repository(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("studies.pool.subprocess", SimpleNamespace(
+        Popen=DoneHere, STDOUT=subprocess.STDOUT))
     torch.manual_seed(0)
     write_gguf(tmp_path / "a.gguf", GPT(GPTConfig(**SIZES)), tokens)
     convert.convert(tmp_path / "a.gguf", tmp_path / convert.FOLDER)
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    study = ("bash", "train.sh", "study", "real", "smoke")
-
-    def run():
-        return subprocess.run(study, cwd=tmp_path, capture_output=True, text=True,
-                              env={**os.environ, "PATH": path})
-
-    first = run()
+    command, = commands_of(tmp_path, "study", "real", "smoke")
+    first = run_script_here(*command)
     assert first.returncode == 0, first.stderr
     folder = tmp_path / "out/study-real-smoke"
     done = (folder / "done").read_text()
@@ -356,7 +368,7 @@ def test_the_study_at_its_smallest(tokens, tmp_path):
     assert results["runs"]["sft-clean.0"]["drift_kl"]["value"] > 0
     assert results["runs"]["sft.0"]["drift_kl"]["value"] > 0
     assert results["costs"][0]["bytes"] > 1e8 and results["costs"][0]["seconds"] > 0
-    again = run()
+    again = run_script_here(*command)
     assert again.returncode == 0, again.stderr
     assert (folder / "done").read_text() == done
     assert json.loads((folder / "results.json").read_text())["runs"] == results["runs"]
