@@ -94,15 +94,21 @@ def commands_of(folder, *args):
     return [line.split("\t") for line in lines]
 
 
-def fork(*args, environment=(), die_at=None):
-    """Starts a command of opct.py in a process of its own, forked from one that has imported torch
-    and done nothing else. It kills itself when it has logged the step `die_at`."""
+def fork_of(function, *args):
+    """Starts function(*args) in a process of its own, forked from one that has imported torch and
+    done nothing else."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["opct"])
+    context.set_forkserver_preload(["opct", "torch._dynamo"])   # every optimizer imports the second
     with mock.patch.dict(os.environ, PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}"):
-        process = context.Process(target=in_a_fork, args=(args, dict(environment), die_at))
+        process = context.Process(target=function, args=args)
         process.start()
     return process
+
+
+def fork(*args, environment=(), die_at=None):
+    """Starts a command of opct.py in a process of its own, which kills itself when it has logged
+    the step `die_at`."""
+    return fork_of(in_a_fork, args, dict(environment), die_at)
 
 
 def in_a_fork(args, environment, die_at):

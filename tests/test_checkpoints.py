@@ -1,19 +1,16 @@
 """Real checkpoints: what transformers writes is read with the same logits, and the other way."""
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers import tiny_gpt
+from helpers import fork_of, tiny_gpt
 from model import (GPT, GPTConfig, KVCache, generate, llama3_frequency, load_checkpoint, sample,
                    save_checkpoint)
 from support.common import UserError
 
-ROOT = Path(__file__).parent.parent
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 50000.0, "factor": 8.0, "low_freq_factor": 1.0,
           "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 SHAPE = dict(vocab_size=120, hidden_size=48, intermediate_size=80, num_hidden_layers=3,
@@ -339,32 +336,39 @@ def test_sampling_from_half_precision_draws_from_the_softmax(dtype):
     assert (drawn - 5 * torch.arange(1000) - 2).abs().max() <= 1
 
 
-PEAK = """
-import sys
-sys.path.insert(0, {root!r})
-from model import load_checkpoint
-
 def field(name):
+    """A size of this process, in MB."""
     return next(int(line.split()[1]) for line in open("/proc/self/status")
                 if line.startswith(name)) / 1024
 
-load_checkpoint({tiny!r})       # PyTorch imports some 60 MB of code at a first call
-before = field("VmHWM")
-model = load_checkpoint({folder!r}, dtype={dtype!r})
-print(field("VmHWM") - before)
-"""
+
+def measure_peak(folder, dtype):
+    """Writes how much higher the most memory so far is after a load, in MB."""
+    load_checkpoint(folder / "tiny")    # PyTorch imports some 60 MB of code at a first call
+    before = field("VmHWM")
+    load_checkpoint(folder, dtype=dtype)
+    (folder / "peak").write_text(str(field("VmHWM") - before))
+
+
+@pytest.fixture(scope="module")
+def large_checkpoint(tmp_path_factory):
+    """53 MB of bfloat16 in three shards."""
+    folder = tmp_path_factory.mktemp("large")
+    model = GPT(GPTConfig(vocab_size=16, hidden_size=1024, intermediate_size=4096,
+                          num_hidden_layers=2, num_attention_heads=16, num_key_value_heads=2))
+    save_checkpoint(model.bfloat16(), folder)
+    in_shards(folder)
+    stored(folder / "tiny")
+    return folder
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize("dtype, size", [("bfloat16", 53), ("float32", 105)])
-def test_loading_takes_the_memory_of_one_copy(dtype, size, tmp_path):
-    """53 MB of bfloat16 in three shards; while a shard is read, its file is mapped as well."""
-    model = GPT(GPTConfig(vocab_size=16, hidden_size=1024, intermediate_size=4096,
-                          num_hidden_layers=2, num_attention_heads=16, num_key_value_heads=2))
-    save_checkpoint(model.bfloat16(), tmp_path)
-    in_shards(tmp_path)
-    tiny = str(stored(tmp_path / "tiny"))
-    code = PEAK.format(root=str(ROOT), tiny=tiny, folder=str(tmp_path), dtype=dtype)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert 0.9 * size < float(done.stdout) < size + 25      # MB
+def test_loading_takes_the_memory_of_one_copy(dtype, size, large_checkpoint):
+    """While a shard is read, its file is mapped as well."""
+    process = fork_of(measure_peak, large_checkpoint, dtype)
+    process.join()
+    assert process.exitcode == 0
+    peak = float((large_checkpoint / "peak").read_text())
+    (large_checkpoint / "peak").unlink()
+    assert 0.9 * size < peak < size + 25

@@ -60,6 +60,16 @@ def test_smoke_end_to_end_and_taking_it_over(tmp_path, monkeypatch):
 
 
 def test_a_real_model_is_measured_where_its_folder_is(tmp_path, monkeypatch):
+    """Two of the four processes are started: ours with LoRA, and theirs without."""
+    alone, ours = real.alone, []
+
+    def seldom_alone(base, case, who):
+        if who == "theirs":
+            return alone(base, case, who) if not case.lora else None
+        ours[:] = ours or [alone(base, run.PRESETS["smoke"].real_cases[1], who)]
+        return ours[0]
+
+    monkeypatch.setattr(real, "alone", seldom_alone)
     monkeypatch.setattr(real, "SHARED", 6)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")          # for the processes that it starts
     save_checkpoint(tiny_gpt(vocab=40, dtype=torch.float32), tmp_path)
