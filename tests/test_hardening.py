@@ -116,8 +116,8 @@ from support.common import guarded
 for name, *args in {commands!r}:
     sys.argv = [name, *map(str, args)]
     guarded(importlib.import_module(name).main)
-from support import figures
-print("drawn" if figures.pyplot() else "matplotlib is missing", "Größe")
+from support import report
+print("drawn" if report.pyplot() else "matplotlib is missing", "Größe")
 """
 
 
