@@ -641,7 +641,7 @@ def test_a_cell_that_is_stopped_goes_on_and_only_whole_seeds_count(tmp_path, mon
     found = run.collect(folder)["cells"]["emergent-0"]["strengths"]["1"]["runs"]
     assert set(found) == set(runs_of())
     same = {name: one["same_as"] for name, one in found.items() if "same_as" in one}
-    assert set(same) <= set(methods.LABELS) and set(same.values()) <= set(methods.LABELS)
+    assert same and set(same) <= set(methods.LABELS) and set(same.values()) <= set(methods.LABELS)
     assert all(found[name]["figures"] == found[twin]["figures"] for name, twin in same.items())
     path = tmp_path / folder / "emergent-0/1/opct-exact-healthy.json"
     before, others = path.read_text(), {p: p.stat().st_mtime_ns for p in path.parent.iterdir()
