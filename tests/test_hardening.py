@@ -123,7 +123,7 @@ print("drawn" if report.pyplot() else "matplotlib is missing", "Größe")
 
 @pytest.mark.parametrize("environment, flags", [
     ({"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONSAFEPATH": "1",
-      "MPLBACKEND": "module://no.such.backend"}, []),
+      "MPLBACKEND": "no-such-backend"}, []),
     ({"LC_ALL": "en_US.ISO-8859-1"}, ["-OO"])])
 def test_the_pipeline_in_odd_environments(environment, flags, tmp_path):
     """From another working directory, too, and with a space and an umlaut in the path."""
