@@ -4,6 +4,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -397,8 +398,11 @@ def two_forks(args):
     both = [fork(*args, environment={
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
         "MASTER_PORT": str(port)}) for rank in range(2)]
-    for process in both:
-        process.join()
+    while any(process.is_alive() for process in both):
+        if any(process.exitcode for process in both):       # the other would wait for it
+            for process in both:
+                process.kill()
+        time.sleep(0.02)
     return [process.exitcode for process in both]
 
 
