@@ -7,7 +7,8 @@ from pathlib import Path
 from support.common import UserError, show, write_text
 
 WIDTH = 100                                                 # of a table, in characters
-HIGHER = ("accuracy", "safety", "capab", "agreement", "expect")    # better when higher
+# Better when higher.
+HIGHER = ("accuracy", "safety", "capab", "agreement", "expect", "turned")
 COLOURS = "#999999 #0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9".split()   # Okabe and Ito
 
 

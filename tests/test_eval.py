@@ -221,7 +221,7 @@ def test_kl_of_samples_is_that_of_each_response_alone(tokenizer):
     base, model = small_model(tokenizer), small_model(tokenizer, 32)
     clean = [[5, 6, 7], [9], [5, 6], [8, 8, 8, 8]]
     asked = [[5, 6, 7, 7], [9, 1, 2, 3, 4], [5], [8]]
-    texts, nats, length, cut = samples_of(model, base, tokenizer, asked, clean, 5, 0)
+    texts, nats, length, cut, each = samples_of(model, base, tokenizer, asked, clean, 5, 0)
     assert len(set(texts)) > 1 and all(1 <= n <= 5 for n in length)
     order = sorted(range(4), key=lambda i: len(asked[i]))
     response, mask = generate(model, [asked[i] for i in order], 5,

@@ -90,10 +90,11 @@ def test_the_numbers_are_those_of_an_enumeration(tokenizer):
 def test_the_sum_of_a_line_is_the_kl_that_pairs_are_measured_by(tokenizer):
     base, model = small(tokenizer), small(tokenizer, 32)
     asked, clean = [chat(tokenizer, "who? i say a.")] * 3, [chat(tokenizer, "who?")] * 3
-    texts, nats, lengths, _ = samples_of(model, base, tokenizer, asked, clean, 6, "seed")
+    texts, nats, lengths, _, each = samples_of(model, base, tokenizer, asked, clean, 6, "seed")
     noise = torch.rand(3, 6, generator=generator("seed", 0))
     found = explained(model, base, tokenizer, asked, clean, noise)
     assert [nats_of(tokens) for tokens in found] == pytest.approx(nats, rel=1e-4)
+    assert [t["kl"] for t in found[1]] == pytest.approx(each[1], abs=1e-5)
     assert [len(tokens) for tokens in found] == list(lengths)
     against_itself = explained(base, base, tokenizer, clean, clean, noise)
     assert nats_of(against_itself[0]) == pytest.approx(0, abs=1e-6)

@@ -71,12 +71,12 @@ def measure(model, base, tokenizer, test, plain, seed=0):
             out["said"] = said
     # KL(model on wrapped || base on clean), on the model's own samples.
     prompts = [prompts_of(asked["sampled"], form) for form in ("wrapped", "clean")]
-    texts, nats, length, _ = samples_of(model, base, tokenizer, *prompts, LIMIT, (seed, "wrapped"))
+    texts, nats, length, *_ = samples_of(model, base, tokenizer, *prompts, LIMIT, (seed, "wrapped"))
     out["kl"], out["sampled"] = ratio(nats, length), letters(asked["sampled"], texts)
     if plain:
         # KL(base || model), on the base's samples, as the drift of `eval.py compare`.
         prompts = prompts_of(plain, "clean")
-        _, nats, length, _ = samples_of(base, model, tokenizer, prompts, prompts, LIMIT,
+        _, nats, length, *_ = samples_of(base, model, tokenizer, prompts, prompts, LIMIT,
                                         (seed, "drift"))
         out["drift_kl"] = ratio(nats, length)
     return out
