@@ -426,6 +426,8 @@ def save_checkpoint(model, folder):
     config = model.config
     ours = {"architectures": [ARCHITECTURES[config.model_type]], "hidden_act": "silu",
             "dtype": "float32", **asdict(config)}
+    if config.model_type == "mistral":
+        ours["sliding_window"] = None                       # transformers' default is a window
     weights = model.state_dict()
     if config.tie_word_embeddings:
         del weights["lm_head.weight"]                       # the same tensor as the embedding
