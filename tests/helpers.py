@@ -94,6 +94,21 @@ def commands_of(folder, *args):
     return [line.split("\t") for line in lines]
 
 
+class DoneHere:
+    """Stands for a process of the pool: the command runs in this one, before anybody asks."""
+
+    def __init__(self, argv, stdout, **more):
+        assert argv[0] == sys.executable
+        done = run_script_here(*argv[1:])
+        stdout.write(done.stdout + done.stderr)
+        self.returncode = done.returncode
+
+    def poll(self):
+        return self.returncode
+
+    terminate = wait = poll
+
+
 def fork_of(function, *args):
     """Starts function(*args) in a process of its own, forked from one that has imported torch and
     done nothing else."""

@@ -2,7 +2,7 @@
 
     python -m studies.claims [smoke|quick|full]   runs it in out/study-claims-PRESET/, or goes on
     python -m studies.claims report               writes README.md and figures again, from
-                                                  results.json, and the table of the main README
+                                                  results.json
     python -m studies.claims report FOLDER        first takes over what FOLDER has measured
     python -m studies.claims rest [SEEDS]         what is not taken over yet of full, or of some
                                                   seeds, such as 5,6

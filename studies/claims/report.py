@@ -9,11 +9,11 @@ import numpy as np
 
 from studies.claims import attack_tables, figures, map_tables
 from studies.claims.plan import CONTROLS, choose
-from studies.claims.tables import (ATTACKED, FIRST, HEADLINE, ORDER, families_of, figures_table,
+from studies.claims.tables import (ATTACKED, HEADLINE, ORDER, families_of, figures_table,
                                    two_tables)
 from studies.claims.verdicts import CONTRASTS, claims_tables, differences
 from studies.stats import over_seeds
-from studies.study import ARMS, committed, fill, filled, write_tables
+from studies.study import ARMS, committed, filled, write_tables
 from support.common import read_json, show, write_text
 from support.report import WIDTH, markdown
 
@@ -124,15 +124,6 @@ def blocks(study):
     return out
 
 
-def main_table(study):
-    """The table of the main README, and how many seeds are behind it."""
-    cells = families_of(study)["llama"]
-    seeds = f"{len(cells)} seeds (figure: {map_tables.seeds_of(study['map'])})"
-    table = figures_table(over_seeds(cells), ("base", *ARMS), FIRST)
-    return (f"At 60 updates, means over {seeds} with 95 % intervals; each has its own world.\n\n"
-            f"{table}")
-
-
 # --- Files -----------------------------------------------------------------------------------
 
 def readme(study, words):
@@ -196,9 +187,7 @@ def write_all(study, folder):
 
 
 def publish():
-    """Writes README.md and the figures of this folder, and the table of the main README."""
+    """Writes README.md and the figures of this folder."""
     study = committed(FOLDER)
     write_text(FOLDER / "README.md", readme(study, (FOLDER / "words.md").read_text()))
     draw_all(study, FOLDER)
-    path = FOLDER.parent.parent / "README.md"
-    write_text(path, fill(path.read_text(), "claims", main_table(study)))

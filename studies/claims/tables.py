@@ -12,8 +12,6 @@ HEADLINE = ("sycophancy", "jailbreak_static", "jailbreak_best_of", "jailbreak_po
             "jailbreak_pool_best_of", "jailbreak_transfer", "jailbreak_adaptive",
             "jailbreak_adaptive_best_of", "over_refusal", "safety_awareness", "mean_failure",
             *LEARNT, "drift_kl")
-FIRST = ("sycophancy", "jailbreak_static", "safety_awareness", "over_refusal", "capability_math",
-         "drift_kl")
 HIGHER = ("accuracy", "safety", "capability", "good")
 
 

@@ -2,25 +2,25 @@
 import copy
 import json
 import math
-import os
 import random
-import re
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from data import World, WorldConfig, world_tokenizer
-from helpers import copy_of_the_repository, logp_of
+from helpers import DoneHere, commands_of, copy_of_the_repository, logp_of, run_script_here
 from model import GPT, GPTConfig
 from opct import pick, reverse_kl
 from studies.claims import report, verdicts
 from studies.claims.attack import (AttackConfig, ask, attack_step, attacks_on, same_means,
                                    strongest, train_attacker, try_attacker)
-from studies.claims.plan import CONTROLS, PRESETS, choose
+from studies.claims.plan import CONTROLS, choose
 from studies.claims.tables import ORDER
 from studies.stats import contrast, mean_over_seeds, seeds_needed, student, verdict
 from studies.study import ARMS, committed, fill
@@ -240,12 +240,11 @@ def test_the_learning_rate_is_chosen_by_the_criterion():
 # --- What is committed -----------------------------------------------------------------------
 
 def test_the_readme_of_the_study_is_made_from_its_results():
-    """Made again it is the same; with other results it is not. The main README has its table."""
+    """Made again it is the same; with other results it is not."""
     study, words = committed(report.FOLDER), (report.FOLDER / "words.md").read_text()
     text = (report.FOLDER / "README.md").read_text()
     assert report.readme(study, words) == text
     assert max(map(len, text.splitlines())) <= 100
-    assert report.main_table(study) in (ROOT / "README.md").read_text()
     study["cells"]["llama-0"]["runs"]["opct-exact"]["sycophancy"]["value"] += 0.1
     changed = report.blocks(study)
     assert all(changed[name] not in text for name in ("study", "numbers", "differences"))
@@ -256,16 +255,6 @@ def test_a_readme_without_its_markers_is_refused():
         fill("no markers", "claims", "a table")
     filled = fill("<!-- claims -->\n<!-- end -->", "claims", "| a |")
     assert filled == "<!-- claims -->\n| a |\n<!-- end -->"
-
-
-def test_train_sh_has_the_learning_rates_that_the_study_chose_and_the_studys_sizes():
-    script = (ROOT / "train.sh").read_text()
-    rates, _ = choose(committed(report.FOLDER)["grid"])
-    for arm, rate in rates.items():
-        assert re.search(rf"\b{arm.replace('-', '_')}=(\S+?);", script)[1] == rate
-    for preset in PRESETS.values():
-        assert f'base="{preset.base}"' in script and f'runs="{preset.runs}"' in script
-    assert f'world="{PRESETS["smoke"].world}"' in script
 
 
 def test_the_committed_study_attacked_for_real():
@@ -282,41 +271,38 @@ def test_the_committed_study_attacked_for_real():
 
 # --- A whole study ---------------------------------------------------------------------------
 
-def kill_in_the_map(study, folder, **where):
-    """Starts the study and ends it once a run of the map has finished."""
-    process = subprocess.Popen(study, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                               **where)
-    for line in process.stdout:
-        if "/map/" in line and "@" in line:
-            process.terminate()
-            break
-    process.communicate()
-    assert process.returncode == 143
-    return (folder / "done").read_text().splitlines()
+class Interrupted(DoneHere):
+    """A process of the pool; the study is interrupted when the tenth one begins."""
+    begun = 0
+
+    def __init__(self, argv, **more):
+        Interrupted.begun += 1
+        if Interrupted.begun == 10:
+            raise KeyboardInterrupt
+        super().__init__(argv, **more)
 
 
-def test_the_study_at_its_smallest(tmp_path):
-    """`bash train.sh study claims smoke` in a copy, killed in the map: given again it goes on, and
-    once more it repeats no run."""
+def test_the_study_at_its_smallest(tmp_path, monkeypatch):
+    """`bash train.sh study claims smoke` in a copy, interrupted: given again it goes on, and once
+    more it repeats no run. All of it runs in this process."""
     copy_of_the_repository(tmp_path)
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-
-    def run(*command):
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True,
-                              env=environment)
-
-    study = ("bash", "train.sh", "study", "claims", "smoke")
+    monkeypatch.chdir(tmp_path)
+    processes = SimpleNamespace(Popen=Interrupted, STDOUT=subprocess.STDOUT)
+    monkeypatch.setattr("studies.pool.subprocess", processes)
+    monkeypatch.setattr("studies.pool.core_seconds", time.process_time)
+    study, = commands_of(tmp_path, "study", "claims", "smoke")
     folder = tmp_path / "out/study-claims-smoke"
-    killed = kill_in_the_map(study, folder, cwd=tmp_path, env=environment)
-    first = run(*study)
+    assert run_script_here(*study).returncode == 130
+    before = (folder / "done").read_text().splitlines()
+    first = run_script_here(*study)
     assert first.returncode == 0, first.stderr
     done = (folder / "done").read_text().splitlines()
-    assert done[:len(killed)] == killed and len(done) == len(set(done)) > len(killed)
+    assert done[:len(before)] == before and len(done) == len(set(done)) > len(before) > 5
     results = json.loads((folder / "results.json").read_text())
     assert set(results["cells"]) == {"llama-0"}
     runs = results["cells"]["llama-0"]["runs"]
     assert set(runs) == {"base", *ARMS, *CONTROLS, "teacher"}
-    assert set(runs["opct-exact"]) == set(ORDER)
+    assert set(runs["opct-exact"]) == {*ORDER, "failures_left", "capabilities"}
     assert len(runs["opct-exact"]["jailbreak_adaptive_best_of"]["curve"]) == 4
     origins = results["cells"]["llama-0"]["pool"]["origins"]
     assert set(origins) == {"base", *ARMS} and all(0 <= n <= 4 for n in origins.values())
@@ -324,7 +310,7 @@ def test_the_study_at_its_smallest(tmp_path):
     assert runs["opct-clean"]["drift_kl"]["value"] == 0     # the same function, the same prompts
     assert runs["opct-shuffled"]["drift_kl"]["value"] > 0
     check_the_map(results)
-    again = run(*study)
+    again = run_script_here(*study)
     assert again.returncode == 0, again.stderr
     assert (folder / "done").read_text().splitlines() == done
     assert json.loads((folder / "results.json").read_text()) == results
@@ -334,10 +320,10 @@ def test_the_study_at_its_smallest(tmp_path):
     before = attacked.read_text()
     attacked.unlink()
     command = next(line for line in done if "/opct --base" in line and "--seed 10" in line)
-    once_more = run(*command.split())
+    once_more = run_script_here(*command.split()[1:])
     assert "finished already" in once_more.stdout and attacked.read_text() == before
     attacked.unlink()                                       # fewer attackers look safer
-    unequal = run(*study)
+    unequal = run_script_here(*study)
     assert unequal.returncode == 2 and "opct: 1 attackers with [" in unequal.stderr
     assert unequal.stderr.count("\n") == 1
 

@@ -14,9 +14,9 @@ from model import GPT, GPTConfig
 from opct import ConsistencyConfig, Batch, nll, reverse_kl, score
 from studies import pool
 from studies.claims import map as the_map
-from studies.claims import map_tables, memory, report, results, run
+from studies.claims import map_tables, measure, memory, report, results, run
 from studies.claims.__main__ import seeds_of
-from studies.claims.memory import GOOD, memorised, responses_of, token_logp, variations
+from studies.claims.measure import GOOD, memorised, responses_of, token_logp, variations
 from studies.claims.plan import PRESETS, bases_of, cells_of, value_of
 from studies.claims.results import (NOTHING, collect_tries, core_hours, place_of, whole_cells,
                                     with_earlier, with_sums)
@@ -337,9 +337,9 @@ def test_a_run_that_has_learnt_its_responses_by_heart_has_memorised_them(world):
         num_attention_heads=1, num_key_value_heads=1, pad_token_id=padding,
         eos_token_id=end)).eval()
     records = world.records("train")[:6]
-    config = ConsistencyConfig(samples=2, max_new_tokens=8, seed=0)
+    config = ConsistencyConfig(stored=2, max_new_tokens=8, seed=0)
     kinds = [responses_of(teacher, tokenizer, records, c)
-             for c in (config, replace(config, samples=8, seed=1))]
+             for c in (config, replace(config, stored=8, seed=1))]
     clean, wrapped, response, mask = kinds[0]
     assert len(clean) == 12 and clean[0] == clean[1] != clean[2] and response.shape == (12, 8)
     student = copy.deepcopy(teacher)
@@ -368,8 +368,8 @@ def test_token_logp_does_not_depend_on_how_many_rows_are_scored_at_once(monkeypa
         tokens = response[mask].float()
         return tokens, -tokens, None
 
-    monkeypatch.setattr(memory, "score", scripted)
-    monkeypatch.setattr(memory, "ROWS", 2)
+    monkeypatch.setattr(measure, "score", scripted)
+    monkeypatch.setattr(measure, "ROWS", 2)
     own, ref = token_logp(None, None, ["a", "b", "c"], ["x", "y", "z"], rows, mask)
     assert own.tolist() == [1, 2, 3, 4, 5, 6] == [-v for v in ref.tolist()]
     assert seen == [(["a", "b"], ["x", "y"]), (["c"], ["z"])]

@@ -1,7 +1,6 @@
 """The study of a real model: the conversion from GGUF, the facts, the questions, the report."""
 import json
 import subprocess
-import sys
 from collections import Counter
 from types import SimpleNamespace
 
@@ -11,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from eval import contains
-from helpers import commands_of, copy_of_the_repository, run_script_here
+from helpers import DoneHere, commands_of, copy_of_the_repository, run_script_here
 from model import GPT, GPTConfig, load_checkpoint
 from studies.real import convert, questions, report
 from studies.real.measure import groups, letter
@@ -322,21 +321,6 @@ def test_results_about_other_questions_are_refused():
 
 
 # --- A whole study ---------------------------------------------------------------------------
-
-class DoneHere:
-    """Stands for a process of the pool: the command runs in this one, before anybody asks."""
-
-    def __init__(self, argv, stdout, **more):
-        assert argv[0] == sys.executable
-        done = run_script_here(*argv[1:])
-        stdout.write(done.stdout + done.stderr)
-        self.returncode = done.returncode
-
-    def poll(self):
-        return self.returncode
-
-    terminate = wait = poll
-
 
 def test_the_study_at_its_smallest(tokens, tmp_path, monkeypatch):
     """The command of `bash train.sh study real smoke` in a copy, with a random model in the place
