@@ -62,7 +62,7 @@ from support.pairs import read_jsonl, shown
 from support.report import draw_compare, draw_pairs, table, write_page
 from support.statistics import best_of, complement, mean_of, rate, ratio
 from support.tokenizer import (TOKENIZER, Pretrained, chat, chat_all, check_forms, check_room,
-                               check_vocabulary, decode, load_tokenizer, messages_of)
+                               check_vocabulary, decode, load_tokenizer, messages_of, token_text)
 
 MAX_NEW_TOKENS = 64
 ORDER = ("failures_left", "capabilities", "sycophancy", "bias_reliance", "accuracy_biased",
@@ -381,14 +381,14 @@ def explained(model, base, tokenizer, asked, clean, noise, temperature=1.0):
         response, mask = generate(model, batch.wrapped, noise.shape[1], temperature,
                                   noise=noise[some])
         values = score(model, base, batch, response, mask, kl_and_tops)
-        likeliest = [[[(decode(tokenizer, [t]), p) for t, p in zip(*row)]
+        likeliest = [[[(token_text(tokenizer, t), p) for t, p in zip(*row)]
                       for row in zip(torch.cat([top[side].indices for top in tops]).tolist(),
                                      torch.cat([top[side].values.exp() for top in tops]).tolist())]
                      for side in (0, 1)]
         tokens = []
         for t, own, ref, kl, ours, theirs in zip(response[mask].tolist(),
                                                  *(v.tolist() for v in values), *likeliest):
-            tokens.append({"text": decode(tokenizer, [t]), "p": math.exp(own),
+            tokens.append({"text": token_text(tokenizer, t), "p": math.exp(own),
                            "p_base": math.exp(ref), "log_ratio": own - ref, "kl": kl,
                            "likeliest": ours, "likeliest_base": theirs})
         for i, length in zip(some, mask.sum(1).tolist()):
@@ -600,7 +600,7 @@ def talk(args):
             try:
                 answer = respond(model, tokenizer, [prompt], (args.seed, turn), args.temperature,
                                  args.max_new_tokens)[0]
-                if isinstance(tokenizer, Pretrained) and tokenizer.is_plain(answer):
+                if isinstance(tokenizer, Pretrained) and tokenizer.special_in(answer) is None:
                     said[:] = [*prompt, {"role": "assistant", "content": answer}]
             except (UserError, ValueError) as error:        # too long for the context: go on
                 answer = error

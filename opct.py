@@ -49,8 +49,8 @@ from support.packing import ROW, pack_documents, pack_responses
 from support.pairs import check_use, given_responses, read_jsonl, shown
 from support.processes import average, join_processes, leave_processes, processes, say
 from support.report import coloured
-from support.tokenizer import (IM_END, PAD, chat, chat_all, check_forms, check_vocabulary, decode,
-                               load_tokenizer)
+from support.tokenizer import (IM_END, PAD, chat, chat_all, check_forms, check_vocabulary,
+                               load_tokenizer, token_text)
 
 # --- Objectives: pure functions, one value a token. tests/test_gradients.py is about these -----
 
@@ -438,7 +438,7 @@ def consistency(config, stage):
     warning = check_forms(used, clean, wrapped, config.pairs)
     given = given_responses(tokenizer, student, records, config)
     settings = runs.run_settings(config, stage, teacher=runs.weights_hash(teacher),
-                                 pairs=(records, clean, wrapped))
+                                 pairs=records, prompts=(clean, wrapped))
     if not runs.open_run(config.out, settings, tokenizer):
         return
     if warning:
@@ -481,7 +481,7 @@ def show_example(student, teacher, tokenizer, record, config):
     response, mask = generate(student, pair.wrapped, config.max_new_tokens,
                               generator=generator(config.seed, "example"))
     kl = score(student, teacher, pair, response, mask, reverse_kl)[2]
-    text = coloured([decode(tokenizer, [t]) for t in response[mask].tolist()], kl.tolist())
+    text = coloured([token_text(tokenizer, t) for t in response[mask].tolist()], kl.tolist())
     say(f"{shown(record)}\n  response  {text}")
 
 

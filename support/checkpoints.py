@@ -105,8 +105,8 @@ def refuse_other_kinds(folder, config, families):
     for name in ("attention_bias", "mlp_bias", "quantization_config"):
         if config.get(name):
             refuse(name, config[name])
-    if config.get("is_causal") is False:
-        refuse("is_causal", False)
+    if not config.get("is_causal", True):
+        refuse("is_causal", config["is_causal"])
     if has_sliding_window(config):
         refuse("sliding_window", config.get("sliding_window", WINDOW))
 

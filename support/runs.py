@@ -20,11 +20,13 @@ from support.tokenizer import save_tokenizer
 
 def run_settings(config, stage, **more):
     """What a run is: everything in run.json that the same command must repeat. Files are in it by
-    their hashes, so another spelling of a path is the same run."""
+    their hashes, so another spelling of a path is the same run. So are the tokens of its prompts: a
+    chat template may tell today's date."""
     names = ("out", "device", "save_every", "micro_batch", "base", "pairs", "world", "target")
     settings = {k: v for k, v in asdict(config).items() if k not in names}
-    if "pairs" in more:
-        more["pairs"] = hashlib.sha256(repr(more["pairs"]).encode()).hexdigest()[:16]
+    for name in ("pairs", "prompts"):
+        if name in more:
+            more[name] = hashlib.sha256(repr(more[name]).encode()).hexdigest()[:16]
     return {"stage": stage, **settings, **more}
 
 

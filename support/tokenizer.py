@@ -12,9 +12,10 @@ ENDOFTEXT, IM_START, IM_END, PAD = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIAL = ENDOFTEXT, IM_START, IM_END, PAD
 TOKENIZER = "tiktoken.json"         # Hugging Face's tokenizer.json has another format
 ROLES = "system", "user", "assistant", "tool"
-# What belongs to a real tokenizer is all of the checkpoint's text files but these.
-TEXTS = ".json", ".jinja", ".txt", ".model"
-OTHERS = "config.json", "run.json", "model.safetensors.index.json"
+# What belongs to a real tokenizer: all text files of its folder but these, and its one subfolder.
+TEXTS, TEMPLATES = (".json", ".jinja", ".txt", ".model"), "additional_chat_templates"
+OTHERS = "config.json", "run.json", "model.safetensors.index.json", "pytorch_model.bin.index.json"
+BYTES = {f"<0x{byte:02X}>" for byte in range(256)}          # tokens of SentencePiece for other text
 
 
 def make_tokenizer(words):
@@ -30,54 +31,60 @@ def make_tokenizer(words):
 class Pretrained:
     """The tokenizer of a Hugging Face checkpoint, with what is used of a tiktoken.Encoding.
 
-    tokenizer: transformers' own. files: those of the checkpoint that belong to it, by their paths
-    in the folder, name -> bytes; what is trained from it gets them as they are.
+    tokenizer: transformers' own. special: its special tokens, name -> id. files: those of the
+    checkpoint that belong to it, by their paths in the folder, name -> bytes; what is trained from
+    it gets them as they are.
     """
 
     def __init__(self, tokenizer, files):
         self.tokenizer, self.files = tokenizer, files
-        self.n_vocab = 1 + max(tokenizer.get_vocab().values())
+        ids = tokenizer.get_vocab()
+        self.n_vocab = 1 + max(ids.values())
         added = tokenizer.added_tokens_decoder.values()
-        self.special = {token.content for token in added if token.special}
-        self.special |= set(tokenizer.all_special_tokens)
-        self.special |= {IM_START, IM_END} & {token.content for token in added}
+        special = {token.content for token in added if token.special}
+        special |= set(tokenizer.all_special_tokens)
+        special |= {IM_START, IM_END}                       # of a turn, whatever their flag says
+        self.special = {token: ids[token] for token in sorted((special - BYTES) & ids.keys())}
 
     def encode_ordinary(self, text):
         return self.tokenizer.encode(text, add_special_tokens=False)
-
-    def encode_single_token(self, name):
-        return self.tokenizer.get_vocab()[name]
 
     def decode(self, ids):
         return self.tokenizer.decode(ids, skip_special_tokens=False,
                                      clean_up_tokenization_spaces=False)
 
-    def is_plain(self, text):
-        return not any(token in text for token in self.special)
-
-    def require_plain(self, text):
-        """Raises UserError where a text has a special token, which would count as one."""
-        for token in sorted(self.special):
-            if token in text:
-                raise UserError(f"the text {text!r:.60} has the special token {token}: take it out")
+    def special_in(self, text):
+        """A special token that stands in the text, or that the normalizer makes of it; or None.
+        The unknown token counts where it is written: any strange character may become one."""
+        ids = set(self.encode_ordinary(text)) - {self.tokenizer.unk_token_id}
+        return next((token for token, i in self.special.items() if token in text or i in ids), None)
 
     def chat(self, messages, prompt=True):
         """The ids of a chat by the checkpoint's own template, without thinking. prompt: up to where
-        the response begins. Raises UserError: there is no template, or it fails."""
+        the response begins. Raises UserError: a content has a special token, which would count as
+        one, there is no template, or it fails."""
         for message in messages:
-            self.require_plain(message["content"])
+            token = self.special_in(message["content"])
+            if token is not None:
+                raise UserError(f"the text {message['content']!r:.60} has the special token "
+                                f"{token}: take it out")
         if self.tokenizer.chat_template is None:
             raise UserError("this checkpoint has no chat template: take one made for chats")
         try:
-            # A template that tells the date gets the same one always, so a run can be resumed.
+            # Llama's template tells the date: the same one always, so that a run can be resumed.
             ids = self.tokenizer.apply_chat_template(
                 messages, add_generation_prompt=prompt, enable_thinking=False, tokenize=True,
                 return_dict=False, date_string="26 Jul 2024")
         except Exception as error:                          # a template is somebody's program
-            raise UserError(f"the chat template refuses this prompt: {error}") from error
+            raise UserError(f"the chat template refuses this prompt: {in_a_line(error)}") from error
         if not ids:
             raise UserError("the chat template makes nothing of this prompt")
         return ids
+
+
+def in_a_line(error):
+    """What another library says, in one line of at most 200 characters."""
+    return " ".join(str(error).split())[:200]
 
 
 def save_tokenizer(tokenizer, folder):
@@ -96,10 +103,10 @@ def load_tokenizer(folder):
     """The tokenizer of a world or checkpoint: a tiktoken.Encoding or a Pretrained. Raises
     UserError: missing, damaged, or transformers is needed and missing."""
     path = Path(folder) / TOKENIZER
-    if not path.exists() and (path.parent / "tokenizer_config.json").exists():
+    if not path.exists() and any(path.parent.glob("tokenizer*")):
         return load_pretrained(path.parent)
-    stored = read_json(path, "make the world or the checkpoint again (it has no "
-                       "tokenizer_config.json either, which a Hugging Face checkpoint has)")
+    stored = read_json(path, "make the world or the checkpoint again (it has no tokenizer.json "
+                       "either, which a Hugging Face checkpoint has)")
     try:
         if (stored["pattern"], tuple(stored["special"])) != (PATTERN, SPECIAL):
             raise ValueError("it splits text in another way than this version does")
@@ -116,11 +123,14 @@ def load_pretrained(folder):
         raise UserError(f"{folder} has a Hugging Face tokenizer: `pip install transformers`"
                         ) from error
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        # False: it would ask on the terminal whether to run code that is in the folder.
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True,
+                                                  trust_remote_code=False)
     except Exception as error:                              # of many kinds, none of ours
-        raise UserError(f"transformers cannot read the tokenizer of {folder}: {error}") from error
+        raise UserError(f"transformers cannot read the tokenizer of {folder}: {in_a_line(error)}"
+                        ) from error
     files = {}
-    for path in sorted(folder.rglob("*")):
+    for path in [*folder.glob("*"), *(folder / TEMPLATES).glob("*")]:
         if path.is_file() and path.suffix in TEXTS and path.name not in OTHERS:
             files[str(path.relative_to(folder))] = path.read_bytes()
     return Pretrained(tokenizer, files)
@@ -149,7 +159,6 @@ def response_tokens(tokenizer, prompt, text, end):
     """The ids of a response that somebody wrote, with its end token: those that the template gives
     it behind the prompt, if it goes on from there as it is, else those of the text alone."""
     if isinstance(tokenizer, Pretrained):
-        tokenizer.require_plain(text)
         messages = [*messages_of(prompt), {"role": "assistant", "content": text}]
         asked, whole = tokenizer.chat(messages[:-1]), tokenizer.chat(messages, prompt=False)
         rest = whole[len(asked):]
@@ -215,6 +224,12 @@ def decode(tokenizer, ids):
     """Text of token ids. Ids that only the weights know, whose vocabulary may be padded, have no
     text."""
     return tokenizer.decode([i for i in ids if i < tokenizer.n_vocab])
+
+
+def token_text(tokenizer, i):
+    """Text of one token, with the space before it: decoders may leave that out in front."""
+    before = tokenizer.encode_ordinary("a")
+    return decode(tokenizer, [*before, i])[len(decode(tokenizer, before)):]
 
 
 def check_vocabulary(tokenizer, model, folder):

@@ -11,8 +11,9 @@ from model import (GPT, GPTConfig, KVCache, generate, llama3_frequency, load_che
                    save_checkpoint)
 from support.common import UserError
 
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 50000.0, "factor": 8.0, "low_freq_factor": 1.0,
-          "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 64}
+ROPE = {"rope_scaling": LLAMA3, "rope_theta": 50000.0}
 SHAPE = dict(vocab_size=120, hidden_size=48, intermediate_size=80, num_hidden_layers=3,
              num_attention_heads=6, num_key_value_heads=2, initializer_range=0.2,
              bos_token_id=110, pad_token_id=None, eos_token_id=111)
@@ -21,9 +22,9 @@ KINDS = {
     "llama": ("llama", {}, {}),
     "llama, tied, every head its own keys": (
         "llama", {"tie_word_embeddings": True, "num_key_value_heads": None}, {}),
-    "llama 3": ("llama", {"rope_parameters": LLAMA3, "max_position_embeddings": 131072,
+    "llama 3": ("llama", {**ROPE, "max_position_embeddings": 131072,
                           "eos_token_id": [111, 112, 113]}, {"max_shard_size": "30KB"}),
-    "llama 3, wide heads": ("llama", {"rope_parameters": LLAMA3, "head_dim": 16}, {}),
+    "llama 3, wide heads": ("llama", {**ROPE, "head_dim": 16}, {}),
     "mistral": ("mistral", {"sliding_window": None}, {}),
     "qwen2": ("qwen2", {"tie_word_embeddings": True, "max_position_embeddings": 32768},
               {"max_shard_size": "30KB"}),
@@ -87,16 +88,35 @@ def test_configs_of_transformers_4_are_read_as_those_of_5(tmp_path):
     folder = made_by_transformers("llama 3", tmp_path)
     expected = load_checkpoint(folder)(IDX)
     config = json.loads((folder / "config.json").read_text())
-    rope = config.pop("rope_parameters")
-    for name in ("rope_type", "type"):
-        scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "rope_type")}
-        old = {**config, "rope_theta": rope["rope_theta"], "torch_dtype": config["dtype"],
-               "rope_scaling": {**scaling, name: rope["rope_type"]}}
-        (folder / "config.json").write_text(json.dumps(old))
+    for name in ("rope_parameters", "rope_scaling", "rope_theta"):
+        config.pop(name, None)
+    rest = {name: value for name, value in LLAMA3.items() if name != "rope_type"}
+    factors = {name: value for name, value in rest.items() if name.endswith("factor")}
+    for spelling in ({"rope_parameters": {**LLAMA3, "rope_theta": 50000.0}}, ROPE,
+                     {**ROPE, "rope_scaling": {**rest, "type": "llama3"}, "torch_dtype": "float32"},
+                     {**ROPE, "rope_scaling": {**factors, "rope_type": "llama3"},
+                      "original_max_position_embeddings": 64}):
+        (folder / "config.json").write_text(json.dumps({**config, **spelling}))
         model = load_checkpoint(folder)
         assert torch.equal(model(IDX), expected)
         save_checkpoint(model, folder / "again")
-        assert json.loads((folder / "again/config.json").read_text()) == old
+        assert json.loads((folder / "again/config.json").read_text()) == {**config, **spelling}
+
+
+@pytest.mark.parametrize("family, name, value", [
+    ("llama", "num_key_value_heads", 32), ("mistral", "num_key_value_heads", 8),
+    ("qwen2", "num_key_value_heads", 32), ("qwen3", "num_key_value_heads", 32),
+    ("llama", "head_dim", 4), ("mistral", "head_dim", 4), ("qwen3", "head_dim", 128)])
+def test_a_field_that_is_left_out_is_what_transformers_makes_it(family, name, value, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AutoConfig.for_model(family, **{
+        **SHAPE, "hidden_size": 128, "num_attention_heads": 32, "num_key_value_heads": 4,
+        "sliding_window": None, name: value})
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored.pop(name) == value
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    assert (load_checkpoint(tmp_path)(IDX) - theirs(tmp_path)(IDX).logits).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("kind", ["llama 3", "qwen2", "qwen3"])
@@ -123,8 +143,9 @@ def test_the_frequencies_of_llama_3_are_those_of_transformers():
     transformers = pytest.importorskip("transformers")
     for original, factor in ((8192, 8.0), (8192, 32.0), (1024, 3.0)):
         scaling = {**LLAMA3, "factor": factor, "original_max_position_embeddings": original}
-        config = transformers.LlamaConfig(head_dim=128, rope_parameters=scaling)
-        expected = rope.ROPE_INIT_FUNCTIONS["llama3"](config)[0]
+        config = transformers.LlamaConfig(head_dim=128, rope_scaling=scaling, rope_theta=50000.0,
+                                          max_position_embeddings=131072)
+        expected = rope.ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")[0]
         frequency = 50000.0 ** (-torch.arange(0, 128, 2) / 128)
         found = llama3_frequency(frequency, scaling)
         assert torch.allclose(found, expected, rtol=1e-6, atol=0)
@@ -223,6 +244,7 @@ def test_an_embedding_that_is_stored_as_the_output_layer_alone_is_found(tmp_path
     ({"model_type": "mistral"}, "sliding_window = 4096"),
     ({"model_type": "mistral", "sliding_window": 32}, "sliding_window = 32"),
     ({"is_causal": False}, "is_causal = False"),
+    ({"is_causal": None}, "is_causal = None"),
     ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
     ({"mlp_bias": True}, "mlp_bias"),
     ({"eos_token_id": ["</s>"]}, "eos_token_id"),

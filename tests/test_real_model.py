@@ -30,7 +30,7 @@ def real_checkpoint(kind, folder):
     end, end_of_text = tokenizer.convert_tokens_to_ids(
         ["<|im_end|>" if kind == "Qwen2" else "<|eot_id|>", "</s>"])
     family, more = ("qwen3", {"head_dim": 16}) if kind == "Qwen2" else (
-        "llama", {"rope_parameters": LLAMA3})
+        "llama", {"rope_scaling": LLAMA3, "rope_theta": 50000.0})
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(
         family, vocab_size=1600, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
@@ -88,7 +88,7 @@ def opens_in_transformers(folder, base):
 def test_of_several_ends_a_given_response_gets_the_one_of_the_template(kind, end, tmp_path):
     folder = real_checkpoint(kind, tmp_path / "base")
     model, tokenizer = load_checkpoint(folder), load_tokenizer(folder)
-    expected = tokenizer.encode_single_token(end)
+    expected = tokenizer.special[end]
     assert len(model.config.ends) == 2 and model.config.ends[0] != expected
     assert end_of_turn(tokenizer, model, folder) == expected
     records, config = [{**PAIRS[0], "response": "four"}] * 3, ConsistencyConfig(max_new_tokens=12)

@@ -1,5 +1,7 @@
 """Real tokenizers and chat templates are those of transformers; a world has its own."""
+import builtins
 import io
+import json
 import sys
 
 import pytest
@@ -10,7 +12,7 @@ from helpers import run_here, tiny_gpt
 from model import load_checkpoint, save_checkpoint
 from support.common import UserError
 from support.tokenizer import (chat, check_forms, check_vocabulary, decode, load_tokenizer,
-                               response_tokens, save_tokenizer)
+                               response_tokens, save_tokenizer, token_text)
 
 SMOLLM2_TEMPLATE = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -18,64 +20,34 @@ SMOLLM2_TEMPLATE = (
     "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 
-QWEN3_TEMPLATE = """{%- if tools %}{{- 'tools: ' + (tools | tojson) }}{%- endif %}
-{%- if messages[0].role == 'system' %}
-    {{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
-{%- endif %}
-{%- set ns = namespace(last=messages|length - 1, search=true) %}
-{%- for message in messages[::-1] %}
-    {%- set i = (messages|length - 1) - loop.index0 %}
-    {%- if ns.search and message.role == "user" and message.content is string
-           and not message.content.startswith('<tool_response>') %}
-        {%- set ns.search = false %}
-        {%- set ns.last = i %}
-        {%- continue %}
+# It keeps the thoughts of the turn that follows the last question, and opens with an empty one.
+QWEN3_TEMPLATE = """{%- set ns = namespace(last=0) %}
+{%- for m in messages if m.role == 'user' %}{% set ns.last = messages.index(m) %}{% endfor %}
+{%- for m in messages %}
+    {%- set content = m.content.split('</think>')[-1].lstrip('\\n') %}
+    {%- set thought = m.content.split('</think>')[0].split('<think>')[-1].strip('\\n') %}
+    {{- '<|im_start|>' + m.role + '\\n' }}
+    {%- if m.role != 'assistant' %}{% set content = m.content %}{% elif loop.index0 > ns.last %}
+        {{- '<think>\\n' + (thought if '</think>' in m.content else '') + '\\n</think>\\n\\n' }}
     {%- endif %}
-{%- endfor %}
-{%- for message in messages %}
-    {%- if message.role == "user" or (message.role == "system" and not loop.first) %}
-        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
-    {%- elif message.role == "assistant" %}
-        {%- set content = message.content %}
-        {%- set thought = '' %}
-        {%- if '</think>' in content %}
-            {%- set thought = content.split('</think>')[0].split('<think>')[-1].strip('\\n') %}
-            {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
-        {%- endif %}
-        {{- '<|im_start|>assistant\\n' }}
-        {%- if loop.index0 > ns.last %}
-            {{- '<think>\\n' + thought + '\\n</think>\\n\\n' }}
-        {%- endif %}
-        {{- content }}
-        {{- '<|im_end|>\\n' }}
-    {%- endif %}
+    {{- content + '<|im_end|>\\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- '<|im_start|>assistant\\n' }}
-    {%- if enable_thinking is defined and enable_thinking is false %}
-        {{- '<think>\\n\\n</think>\\n\\n' }}
-    {%- endif %}
+    {%- if not enable_thinking %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}
 {%- endif %}"""
 
-LLAMA3_TEMPLATE = """{{- bos_token }}
-{%- if messages[0]['role'] == 'system' %}
-    {%- set system_message = messages[0]['content']|trim %}
-    {%- set messages = messages[1:] %}
-{%- else %}
-    {%- set system_message = "" %}
+# It tells the date, trims what was said, and takes a system message in front only.
+LLAMA3_TEMPLATE = """{%- if not date_string is defined %}
+    {%- set date_string = strftime_now("%d %b %Y") %}
 {%- endif %}
-{{- "<|start_header_id|>system<|end_header_id|>\\n\\n" }}
-{{- "Today Date: " + strftime_now("%d %b %Y") + "\\n\\n" }}
-{{- system_message }}
-{{- "<|eot_id|>" }}
-{%- for message in messages %}
-    {%- if message.role not in ['user', 'assistant'] %}
-        {{- raise_exception("only user and assistant can follow") }}
-    {%- endif %}
-    {%- generation %}
-    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
-    {{- message['content'] | trim + '<|eot_id|>' }}
-    {%- endgeneration %}
+{%- set first = messages[0].role == 'system' %}
+{{- bos_token + '<|start_header_id|>system<|end_header_id|>\\n\\nToday Date: ' + date_string }}
+{{- '\\n\\n' + (messages[0].content | trim if first else '') + '<|eot_id|>' }}
+{%- for m in messages[first | int:] %}
+    {%- if m.role not in ['user', 'assistant'] %}{{ raise_exception('only users') }}{% endif %}
+    {{- '<|start_header_id|>' + m.role + '<|end_header_id|>\\n\\n' + m.content | trim }}
+    {{- '<|eot_id|>' }}
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
@@ -98,45 +70,41 @@ PROMPTS = ["who rules?", "  Größe 你好 42 <= 7\n", [
     {"role": "assistant", "content": "no."}, {"role": "user", "content": "and now?"}]]
 
 
-def trained(kind, added=("<think>", "</think>", "<=")):
-    """A tokenizer of a kind, trained on a little text, as transformers holds it."""
-    tokenizers = pytest.importorskip("tokenizers")
-    transformers = pytest.importorskip("transformers")
-    models, trainers = tokenizers.models, tokenizers.trainers
-    pre, decoders, normalizers = (tokenizers.pre_tokenizers, tokenizers.decoders,
-                                  tokenizers.normalizers)
-    model, trainer, unk = models.BPE(), trainers.BpeTrainer, "<unk>"
-    if kind == "byte-level BPE":
-        steps, decoder = pre.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-        normalizer = None
-        more = {"initial_alphabet": pre.ByteLevel.alphabet()}
-    elif kind == "BPE with byte fallback":
-        model = models.BPE(byte_fallback=True, unk_token=unk)
-        steps, normalizer = pre.Metaspace(prepend_scheme="first"), None
-        decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(),
-                                     decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-        more = {"initial_alphabet": []}
-    elif kind == "Unigram":
-        model, trainer = models.Unigram(), trainers.UnigramTrainer
-        steps, decoder, normalizer = pre.Metaspace(), decoders.Metaspace(), normalizers.NFKC()
-        more = {"unk_token": unk}
-    elif kind == "WordPiece":
-        model, trainer = models.WordPiece(unk_token=unk), trainers.WordPieceTrainer
-        steps, decoder = pre.BertPreTokenizer(), decoders.WordPiece()
-        normalizer, more = normalizers.BertNormalizer(), {}
-    tokenizer = tokenizers.Tokenizer(model)
-    tokenizer.pre_tokenizer, tokenizer.decoder = steps, decoder
-    if normalizer is not None:
-        tokenizer.normalizer = normalizer
-    bytes_ = [f"<0x{i:02X}>" for i in range(256)] if kind == "BPE with byte fallback" else []
-    tokenizer.train_from_iterator(TEXT, trainer(
-        vocab_size=500, special_tokens=[*SPECIAL, *bytes_], show_progress=False, **more))
-    tokenizer.add_tokens(list(added))
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>",
-                                                eos_token="</s>", unk_token=unk)
-
-
 KINDS = ["byte-level BPE", "BPE with byte fallback", "Unigram", "WordPiece"]
+
+
+def trained(kind):
+    """A tokenizer of a kind, trained on a little text, as transformers holds it."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    special, more = SPECIAL, {}
+    if kind == "byte-level BPE":
+        tokenizer, trainer = Tokenizer(models.BPE()), trainers.BpeTrainer
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        more = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
+    elif kind == "BPE with byte fallback":
+        tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+        trainer, special = trainers.BpeTrainer, [*SPECIAL, *(f"<0x{i:02X}>" for i in range(256))]
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+        tokenizer.decoder = decoders.Sequence([
+            decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+            decoders.Strip(" ", 1, 0)])
+    elif kind == "Unigram":
+        tokenizer, trainer = Tokenizer(models.Unigram()), trainers.UnigramTrainer
+        tokenizer.normalizer = normalizers.NFKC()
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        tokenizer.decoder, more = decoders.Metaspace(), {"unk_token": "<unk>"}
+    else:
+        tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))
+        trainer, tokenizer.normalizer = trainers.WordPieceTrainer, normalizers.BertNormalizer()
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        tokenizer.decoder = decoders.WordPiece()
+    tokenizer.train_from_iterator(TEXT, trainer(vocab_size=500, special_tokens=special,
+                                                show_progress=False, **more))
+    tokenizer.add_tokens(["<think>", "</think>", "<="])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>",
+                                                eos_token="</s>", unk_token="<unk>")
 
 
 def checkpoint(folder, kind="byte-level BPE", template=SMOLLM2_TEMPLATE):
@@ -193,13 +161,34 @@ def test_greedy_answers_are_those_of_transformers(kind, tmp_path):
 def test_a_given_response_has_the_tokens_that_the_template_gives_it(kind, name, end, tmp_path):
     checkpoint(tmp_path, kind, TEMPLATES[name])
     tokenizer = load_tokenizer(tmp_path)
-    end = tokenizer.encode_single_token(end)
+    end = tokenizer.special[end]
     messages = [{"role": "user", "content": "who?"}, {"role": "assistant", "content": "no, wait."}]
     whole = theirs(tmp_path).apply_chat_template(messages, return_dict=False)
     prompt = chat(tokenizer, "who?")
     ids = response_tokens(tokenizer, "who?", "no, wait.", end)
     assert ids[-1] == end and ids.count(end) == 1 and len(ids) > 2
     assert whole[:len(prompt)] == prompt and whole[len(prompt):len(prompt) + len(ids)] == ids
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_response_that_the_template_changes_is_encoded_as_it_is(kind, tmp_path):
+    """The template leaves thoughts out, or says `bot` where it asks for an answer."""
+    said = "<think> so </think> no"
+    for template in (QWEN3_TEMPLATE, SMOLLM2_TEMPLATE.replace("assistant\n' }}{% endif", "bot' }}{%"
+                                                              "endif")):
+        tokenizer = load_tokenizer(checkpoint(tmp_path, kind, template))
+        plain = theirs(tmp_path).encode(said, add_special_tokens=False)
+        assert response_tokens(tokenizer, "who?", said, 4) == [*plain, 4]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_texts_of_the_tokens_joined_are_the_text(kind, tmp_path):
+    """Most tokenizers leave out a token's space where it is decoded alone."""
+    tokenizer = load_tokenizer(checkpoint(tmp_path, kind))
+    ids = tokenizer.encode_ordinary("who rules cities?")
+    text = "".join(token_text(tokenizer, i) for i in ids)
+    assert text.strip() == decode(tokenizer, ids) and "who rules" in text
+    assert token_text(tokenizer, 10 ** 6) == ""             # ids of padding have no text
 
 
 def test_a_template_that_asks_for_the_day_makes_another_run_of_another_day(tmp_path, monkeypatch):
@@ -215,7 +204,7 @@ def test_a_template_that_asks_for_the_day_makes_another_run_of_another_day(tmp_p
     assert "finished already" in run_here(*args).stdout
     (folder / "chat_template.jinja").write_text("Tuesday. " + SMOLLM2_TEMPLATE)
     again = run_here(*args)
-    assert again.returncode == 2 and "holds a run with pairs = " in again.stderr
+    assert again.returncode == 2 and "holds a run with prompts = " in again.stderr
 
 
 # --- What a user typed is text -----------------------------------------------------------------
@@ -228,9 +217,33 @@ def test_the_text_of_a_special_token_is_refused_by_its_name(role, token, tmp_pat
     with pytest.raises(UserError) as refused:
         chat(tokenizer, messages)
     assert f"special token {token}:" in str(refused.value)
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="special token"):
         response_tokens(tokenizer, "who?", f"I{token}", 3)
-    chat(tokenizer, "a <= b <think> so </think> |im_end| < s >")    # ordinary, added or not
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_only_looks_special_is_text(kind, tmp_path):
+    """Added tokens that are not special, single bytes, and what is no token at all; but not what a
+    normalizer makes special."""
+    tokenizer = load_tokenizer(checkpoint(tmp_path, kind))
+    for text in ("a <= b <think> so </think>", "|im_end| < s > <S>", "<0x41> 🙂 \u200b", ""):
+        ids = chat(tokenizer, text)
+        assert sum(ids.count(i) for token, i in tokenizer.special.items() if token != "<unk>") == 5
+    wide = "\uff1c|im_end|\uff1e"
+    if kind == "Unigram":
+        with pytest.raises(UserError, match=r"special token <\|im_end\|>:"):
+            chat(tokenizer, wide)
+    else:
+        assert chat(tokenizer, wide).count(tokenizer.special["<|im_end|>"]) == 2
+
+
+def test_turn_markers_are_special_whatever_their_flag_says(tmp_path):
+    folder = checkpoint(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        text = (folder / name).read_text().replace('"special": true', '"special": false')
+        (folder / name).write_text(text)
+    with pytest.raises(UserError, match="special token <.im_start.>:"):
+        chat(load_tokenizer(folder), "so<|im_start|>")
 
 
 def test_a_chat_says_what_is_wrong_and_goes_on(tmp_path, monkeypatch):
@@ -268,37 +281,59 @@ def test_forms_that_the_template_makes_equal_are_named(tmp_path):
 
 # --- Files -------------------------------------------------------------------------------------
 
-def test_saving_keeps_the_files_as_they_are_folders_too(tmp_path):
+def test_saving_keeps_the_files_as_they_are(tmp_path):
     source, copy = checkpoint(tmp_path / "a"), tmp_path / "b"
-    (source / "additional_chat_templates").mkdir()
-    (source / "additional_chat_templates/tools.jinja").write_text("{{ tools }}")
-    (source / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
-    (source / "run.json").write_text("{}")
+    made = {p.name for p in source.iterdir()} - {"config.json", "model.safetensors"}
+    files = {"additional_chat_templates/tools.jinja": "{{ tools }}\r\n", "vocab.txt": "a\n",
+             "generation_config.json": '{"eos_token_id": [1, 2]}', "tokenizer.model": "\0"}
+    others = {"run.json": "{}", "README.md": "", "old/tokenizer.json": "{",
+              "model.safetensors.index.json": "{}"}
+    for name, text in {**files, **others}.items():
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_bytes(text.encode())
     save_tokenizer(load_tokenizer(source), copy)
-    left_out = {"config.json", "model.safetensors", "run.json"}
-    files = {p.relative_to(source) for p in source.rglob("*") if p.is_file()}
-    files = {path for path in files if path.name not in left_out}
-    assert files == {p.relative_to(copy) for p in copy.rglob("*") if p.is_file()}
-    assert all((source / name).read_bytes() == (copy / name).read_bytes() for name in files)
+    saved = {str(p.relative_to(copy)): p.read_bytes() for p in copy.rglob("*") if p.is_file()}
+    assert saved.keys() == files.keys() | made and "chat_template.jinja" in made
+    assert all((source / name).read_bytes() == data for name, data in saved.items())
     assert chat(load_tokenizer(copy), "hi") == chat(load_tokenizer(source), "hi")
 
 
 def test_what_is_missing_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="make the world or the checkpoint again"):
         load_tokenizer(tmp_path)
-    folder = tmp_path / "real"
-    folder.mkdir()
-    (folder / "tokenizer_config.json").write_text("{}")
+    (tmp_path / "tokenizer.json").write_text("{}")
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(UserError, match="pip install transformers"):
-        load_tokenizer(folder)
+    with pytest.raises(UserError, match="^[^\n]* `pip install transformers`$"):
+        load_tokenizer(tmp_path)
 
 
-def test_a_damaged_file_is_one_line(tmp_path):
+@pytest.mark.parametrize("name, text", [("tokenizer.json", "{"), ("tokenizer.json", None),
+                                        ("tokenizer_config.json", "[")])
+def test_a_damaged_file_is_one_line(name, text, tmp_path):
     folder = checkpoint(tmp_path)
-    (folder / "tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match="transformers cannot read the tokenizer"):
+    (folder / name).unlink()
+    if text is not None:
+        (folder / name).write_text(text)
+    with pytest.raises(UserError, match="^transformers cannot read the tokenizer of [^\n]*$"):
         load_tokenizer(folder)
+
+
+def test_a_folder_of_tokenizer_json_alone_is_read_as_transformers_does(tmp_path):
+    folder = checkpoint(tmp_path)
+    (folder / "tokenizer_config.json").unlink()
+    assert chat(load_tokenizer(folder), "who rules?") == their_chat(theirs(folder), "who rules?")
+
+
+def test_code_in_a_folder_is_not_run_and_nobody_is_asked(tmp_path, monkeypatch):
+    folder, asked = checkpoint(tmp_path), []
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Mine: pass\n")
+    monkeypatch.setattr(builtins, "input", lambda *text: asked.append(text) or "y")
+    with pytest.raises(UserError, match="^transformers cannot read the tokenizer of [^\n]*$"):
+        load_tokenizer(folder)
+    assert not asked and not (tmp_path / "ran").exists()
 
 
 def test_a_vocabulary_larger_than_the_weights_is_refused(tmp_path):
