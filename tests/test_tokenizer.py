@@ -69,7 +69,6 @@ PROMPTS = ["who rules?", "  Größe 你好 42 <= 7\n", [
     {"role": "system", "content": "Be short."}, {"role": "user", "content": "who?"},
     {"role": "assistant", "content": "no."}, {"role": "user", "content": "and now?"}]]
 
-
 KINDS = ["byte-level BPE", "BPE with byte fallback", "Unigram", "WordPiece"]
 
 
@@ -277,6 +276,11 @@ def test_forms_that_the_template_makes_equal_are_named(tmp_path):
     assert "both forms of 1 of 2 pairs the same tokens (first pair 2)" in checked(plain, deaf)
     with pytest.raises(UserError, match="2 of 2 pairs"):
         checked(deaf, deaf)
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(json.dumps(deaf) + "\n")
+    for command in (["opct.py", "opct", "--base", tmp_path], ["eval.py", "pairs", tmp_path]):
+        said = run_here(*command, "--pairs", pairs, "--out", tmp_path / "out")
+        assert said.returncode == 2 and "both forms of 1 of 1 pairs the same" in said.stderr
 
 
 # --- Files -------------------------------------------------------------------------------------
@@ -342,6 +346,7 @@ def test_a_vocabulary_larger_than_the_weights_is_refused(tmp_path):
     assert n == len(theirs(tmp_path))
     ids = tokenizer.encode_ordinary("who")
     assert decode(tokenizer, [*ids, 10 ** 6]) == "who"      # ids of padding have no text
+    assert decode(tokenizer, tokenizer.encode_ordinary("so , it 's")) == "so , it 's"
     check_vocabulary(tokenizer, tiny_gpt(vocab=n + 5), "x")
     with pytest.raises(UserError, match="do not belong together"):
         check_vocabulary(tokenizer, tiny_gpt(vocab=n - 1), "x")
