@@ -40,7 +40,7 @@ from torch.utils.checkpoint import checkpoint
 
 from data import load_world
 from model import GPT, GPTConfig, generate, is_end, load_checkpoint, save_checkpoint
-from support import runs
+from support import run
 from support.common import (Parser, UserError, add_flags, flag, generator, guarded, pick_device,
                             rng)
 from support.lora import add_lora, merge_lora, without_lora
@@ -286,19 +286,19 @@ def train(model, losses_of, config, optimizers):
     number of threads.
     """
     model.train()
-    start = runs.load_state(config.out, model, optimizers)
+    start = run.load_state(config.out, model, optimizers)
     trained = [p for p in model.parameters() if p.requires_grad]
-    with runs.Log(config, start) as log:
+    with run.Log(config, start) as log:
         for step in range(start, config.steps):
             began = time.time()
             total, sums = torch.zeros((), device=model.device), {}
             for loss, values in losses_of(step):
                 loss.backward()
                 total += loss.detach()
-                runs.add_sums(sums, values)
+                run.add_sums(sums, values)
             average([*(p.grad for p in trained), total, *sums.values()])    # over processes
             norm = torch.nn.utils.clip_grad_norm_(trained, config.clip).item()
-            means, tokens = runs.means_and_tokens(sums)
+            means, tokens = run.means_and_tokens(sums)
             means = {"loss": total.item(), **means, "grad_norm": norm}
             if not math.isfinite(means["loss"] + norm):
                 raise UserError(f"loss {means['loss']}, gradient {norm} at step {step}: stopped; "
@@ -309,8 +309,8 @@ def train(model, losses_of, config, optimizers):
                 optimizer.zero_grad()
             log.write(step, {**means, "lr": rate}, tokens, time.time() - began)
             if log.first and (step + 1) % config.save_every == 0 and step + 1 < config.steps:
-                runs.save_state(config.out, model, optimizers, step + 1)
-    runs.require_finite(model, config.steps)
+                run.save_state(config.out, model, optimizers, step + 1)
+    run.require_finite(model, config.steps)
 
 
 def finish(model, config):
@@ -318,7 +318,7 @@ def finish(model, config):
     if processes()[0] == 0:
         merge_lora(model.cpu())     # there is room for the merged weights in float32
         save_checkpoint(model, config.out)
-        runs.drop_state(config.out)
+        run.drop_state(config.out)
 
 
 # --- Pretraining: next-token prediction on fresh documents of the world ------------------------
@@ -330,8 +330,8 @@ def pretrain(config, load=load_world):
         raise UserError(f"--width {config.width}: it has to be a multiple of 64")
     if config.rows % size:
         raise UserError(f"--rows {config.rows} cannot be shared out evenly by {size} processes")
-    settings = runs.run_settings(config, "pretrain", world_config=asdict(world.config))
-    if not runs.open_run(config.out, settings, tokenizer):
+    settings = run.run_settings(config, "pretrain", world_config=asdict(world.config))
+    if not run.open_run(config.out, settings, tokenizer):
         return
     torch.manual_seed(config.seed)
     model = GPT(GPTConfig(
@@ -437,13 +437,13 @@ def consistency(config, stage):
                       for form in ("clean", "wrapped"))
     warning = check_forms(used, clean, wrapped, config.pairs)
     given = given_responses(tokenizer, student, records, config)
-    settings = runs.run_settings(config, stage, teacher=runs.weights_hash(teacher),
+    settings = run.run_settings(config, stage, teacher=run.weights_hash(teacher),
                                  pairs=records, prompts=(clean, wrapped))
-    if not runs.open_run(config.out, settings, tokenizer):
+    if not run.open_run(config.out, settings, tokenizer):
         return
     if warning:
         say(warning)
-    say(runs.first_screen(stage, config, used, student, teacher))
+    say(run.first_screen(stage, config, used, student, teacher))
     if config.stored:                       # sft: the responses of the pairs, or the teacher's
         response, mask = given or offline_responses(teacher, clean, config)
     loss_of = {"sft": sft_step, "opct": opct_step}[stage]
@@ -469,7 +469,7 @@ def consistency(config, stage):
     show_example(student, teacher, tokenizer, example, config)
     train(student, losses_of, config, [torch.optim.AdamW(
         student.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)])
-    if runs.weights_hash(teacher) != settings["teacher"]:
+    if run.weights_hash(teacher) != settings["teacher"]:
         raise RuntimeError("the frozen teacher has changed during training: nothing was saved")
     finish(student, config)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from support.common import UserError, show
-from support.runs import lock
+from support.run import lock
 
 
 def places():

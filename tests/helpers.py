@@ -18,7 +18,7 @@ import torch
 
 from model import GPT, GPTConfig
 from opct import log_probabilities, response_states
-from support import runs
+from support import run
 from support.common import guarded
 
 ROOT = Path(__file__).parent.parent
@@ -129,14 +129,14 @@ def fork(*args, environment=(), die_at=None):
 def in_a_fork(args, environment, die_at):
     os.environ.update(environment)
     sys.stdout = open(os.devnull, "w")
-    sys.argv, write = list(map(str, args)), runs.Log.write
+    sys.argv, write = list(map(str, args)), run.Log.write
 
     def write_and_die(self, step, *more):
         write(self, step, *more)
         if step == die_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    runs.Log.write = write_and_die
+    run.Log.write = write_and_die
     guarded(importlib.import_module("opct").main)
 
 

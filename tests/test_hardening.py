@@ -21,7 +21,7 @@ from opct import PretrainConfig, train
 from support.checkpoints import COUNTS
 from support.common import UserError, about, guarded, pick_device, rng
 from support.pairs import read_jsonl
-from support.runs import load_state, read_log, save_state
+from support.run import load_state, read_log, save_state
 from support.tokenizer import check_vocabulary, decode, load_tokenizer
 
 ROOT = Path(__file__).parent.parent

@@ -17,7 +17,7 @@ from opct import (ConsistencyConfig, PretrainConfig, controlled, finish, learnin
                   rows_of_update, train, with_defaults)
 from support.muon import Muon
 from support.pairs import read_jsonl
-from support.runs import load_state, save_state, weights_hash
+from support.run import load_state, save_state, weights_hash
 from support.tokenizer import chat, load_tokenizer
 
 ROOT = Path(__file__).parent.parent

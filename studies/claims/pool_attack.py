@@ -25,7 +25,7 @@ from model import load_checkpoint
 from studies.claims.attack import (GAP, attacks_on, figures_of, judge_of, late_success,
                                    same_means)
 from support.common import Parser, UserError, add_number, guarded, pick_device, show, write_json
-from support.runs import weights_hash
+from support.run import weights_hash
 from support.tokenizer import load_tokenizer
 
 MOST = 100                  # candidates of a target

@@ -11,7 +11,7 @@ from studies.claims.plan import LEARNT, PRESETS, cells_of, choose, value_of
 from studies.claims.pool_attack import most_told
 from studies.study import joined
 from support.common import UserError, read_json, read_text
-from support.runs import weights_hash
+from support.run import weights_hash
 
 NOTHING = {"cells": {}, "grid": {}, "map": {"grid": {}}}    # measured by earlier sittings
 

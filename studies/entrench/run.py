@@ -28,7 +28,7 @@ from studies.entrench.organisms import ORGANISMS, encoded, judged, plant, rates,
 from studies.entrench.world import load_study_world, write_world
 from support.common import (UserError, about, generator, number_of, pick_device, read_json, rng,
                             show, write_json, write_jsonl)
-from support.runs import lock
+from support.run import lock
 from support.tokenizer import chat, load_tokenizer, save_tokenizer
 
 KINDS = ("healthy", "unhealthy")                            # of clean prompts

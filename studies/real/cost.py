@@ -11,7 +11,7 @@ import sys
 
 from studies.real import convert
 from support.common import UserError, about, guarded, pick_device, write_json
-from support.runs import read_log
+from support.run import read_log
 
 STEPS = 4                               # the first one is left out: it warms up
 
