@@ -45,21 +45,24 @@ higher is better.
     length_*, cut_*       tokens of a sample; share of the samples cut at the limit
 """
 import math
-import re
 import sys
 import time
+import unicodedata
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import regex
 import torch
 
 from data import AXES, CAPABILITIES, judge, load_world
 from model import generate, is_end, load_checkpoint
 from opct import Batch, is_large, reverse_kl, score
 from support.common import (Parser, UserError, about, add_number, generator, guarded, pick_device,
-                            read_text, rng, show, write_json, write_jsonl, write_text)
+                            read_json, read_text, rng, show, write_json, write_jsonl, write_text)
 from support.pairs import read_jsonl, shown
 from support.report import draw_compare, draw_pairs, table, write_page
+from support.run import hash_of, weights_hash
 from support.statistics import best_of, complement, mean_of, rate, ratio
 from support.tokenizer import (TOKENIZER, Pretrained, chat, chat_all, check_forms, check_room,
                                check_vocabulary, decode, load_tokenizer, messages_of, token_text)
@@ -207,17 +210,15 @@ def evaluate(model, base, tokenizer, world, records, split, attempts, seed, form
 # --- A chat model on pairs of one's own --------------------------------------------------------
 
 def contains(text, wanted):
-    """Whether one of the strings stands in the text, in upper or lower case, and not as a part of
-    a longer word or number. A script without upper case, such as Chinese, has no such borders."""
-    def inside(a, b):
-        return all(c.isdigit() or c.lower() != c.upper() for c in (a, b))
+    """Whether one of the strings stands in the text as whole words, in upper or lower case.
 
-    for w in wanted:
-        for match in re.finditer(re.escape(w), text, re.IGNORECASE):
-            before, after = text[:match.start()][-1:] or " ", text[match.end():][:1] or " "
-            if not inside(before, match[0][0]) and not inside(match[0][-1], after):
-                return True
-    return False
+    Where words end is Unicode's rule (UAX 29): not inside "3.14", "can't" or a word of letters,
+    and after each character of Chinese. Both sides are compared in the composed form (NFC).
+    """
+    text = unicodedata.normalize("NFC", text)
+    flags = regex.WORD | regex.IGNORECASE
+    return any(regex.search(rf"\b{regex.escape(unicodedata.normalize('NFC', w))}\b", text, flags)
+               for w in wanted)
 
 
 def shares(records, answers):
@@ -467,7 +468,9 @@ def compare(args):
     columns["teacher"] = (args.checkpoints[0], "clean")
     check_world(args.checkpoints, args.world)
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    question = question_of(args, world=asdict(world.config), split=args.split,
+                           attempts=args.attempts)
+    open_results(out, question)
     base, runs, responses = load_checkpoint(args.checkpoints[0], device), {}, {}
     for name, (folder, form) in columns.items():
         began, model = time.time(), load_checkpoint(folder, device)
@@ -481,10 +484,27 @@ def compare(args):
             f"training\naims at on the three axes. best_of: {args.attempts} random frames.\n")
     listed = "\n".join(f"{name}: {value}" for name, value in origin.items())
     examples = transcripts(records, responses)
-    write_json(out / "results.json", {"about": origin, "runs": runs})
-    write_text(out / "results.md", f"{text}\n{listed}\n\n```\n{examples}```\n")
+    write_json(out / "results.json", {"about": origin, "question": question, "runs": runs})
+    write_text(out / "results.md", f"{text}\n{listed}\n\n{fenced(examples)}")
     draw_compare(runs, out / "results.png")
     show(f"\n{text}\n{examples}\nwritten to {out}")
+
+
+def question_of(args, **more):
+    """What results are the answer to."""
+    functions = {name: weights_hash(load_checkpoint(folder))
+                 for name, folder in columns_of(args.checkpoints).items()}
+    return {"checkpoints": functions, "seed": args.seed, **more}
+
+
+def open_results(out, question):
+    """Makes the folder of results. Asked the same again, it is renewed; raises UserError where it
+    holds the answer to another question."""
+    path = out / "results.json"
+    if path.exists() and read_json(path, "delete it").get("question") != question:
+        raise UserError(f"{path} is about other checkpoints, pairs or flags: give another --out, "
+                        "or delete it")
+    out.mkdir(parents=True, exist_ok=True)
 
 
 def columns_of(checkpoints):
@@ -512,7 +532,8 @@ def pairs(args):
         if prompts_of(load_tokenizer(folder)) != prompts:
             raise UserError(f"{folder} has another tokenizer or template than {first}")
     out = Path(args.out or f"{Path(args.pairs).stem}-eval")
-    out.mkdir(parents=True, exist_ok=True)
+    question = question_of(args, pairs=hash_of(records), max_new_tokens=args.max_new_tokens)
+    open_results(out, question)
     for name, folder in columns.items():
         began, model = time.time(), None                    # memory for one beside the base
         model = base if folder == first else load_checkpoint(folder, device)
@@ -529,8 +550,9 @@ def pairs(args):
     text = "\n".join([table(runs, PAIRS_ORDER, intervals=True), "", *lines, ""])
     examples = pair_transcripts(records, answers)
     write_json(out / "results.json", {"about": {**about(device), "pairs": args.pairs},
-                                      "runs": runs, "verdict": said, "answers": answers})
-    write_text(out / "results.md", f"{text}\n```\n{examples}```\n")
+                                      "question": question, "runs": runs, "verdict": said,
+                                      "answers": answers})
+    write_text(out / "results.md", f"{text}\n{fenced(examples)}")
     draw_pairs(runs, out / "results.png")
     show(f"\n{text}\n{examples}\nwritten to {out}")
 
@@ -574,6 +596,14 @@ def text_of(prompt):
     return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 
+def fenced(text):
+    """A text as a block of Markdown that no fence within it ends."""
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return f"{fence}\n{text}{fence}\n"
+
+
 def jsonl_of(prompts, response):
     """One response for the JSONL beside a page."""
     tokens = response["tokens"]
@@ -588,6 +618,8 @@ def jsonl_of(prompts, response):
 def talk(args):
     """Reads prompts until the end of input, or an empty line. A real chat model sees the
     conversation so far; ours have learnt to answer one prompt."""
+    if sys.stdin is None:
+        raise UserError("chat reads prompts from standard input, which is closed")
     device = pick_device(args.device)
     models = {folder: (load_checkpoint(folder, device), load_tokenizer(folder), [])
               for folder in args.checkpoints}

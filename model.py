@@ -264,12 +264,13 @@ class GPT(nn.Module):
 # --- Sampling --------------------------------------------------------------------------------
 
 def sample(logits, temperature, noise):
-    """One token a row by inverting the cumulative distribution. Temperature 0 means argmax.
+    """One token a row by inverting the cumulative distribution. Temperature 0, or next to it, means
+    argmax.
 
     logits (B, V), noise (B,) uniform in [0, 1) -> (B,). One number of noise decides one token, so
     a row depends, but for the rounding of float sums, on nothing else in the batch.
     """
-    if temperature == 0:
+    if temperature < 1e-6:                  # logits divided by less could overflow
         return logits.argmax(-1)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))    # sums need the digits
     cdf = (logits / temperature).softmax(-1).cumsum_(-1)

@@ -6,7 +6,8 @@
 #
 # The same command again goes on where it was stopped. Results go to out/.
 set -euo pipefail
-cd "$(dirname "$0")"
+unset CDPATH PYTHONSAFEPATH         # with these cd and Python would look elsewhere
+cd -- "$(dirname -- "$0")"
 die() { echo "error: $1" >&2; exit 2; }
 
 job=${1:-main}

@@ -25,6 +25,15 @@ def check_pair(record):
             raise ValueError(f'"{name}" is no list of strings')
 
 
+def without_doubles(items):
+    """The object of these (key, value). Raises ValueError where a key stands twice."""
+    found = dict(items)
+    if len(found) < len(items):
+        twice = [key for key, _ in items if [k for k, _ in items].count(key) > 1]
+        raise ValueError(f'"{twice[0]}" stands in it twice')
+    return found
+
+
 def read_jsonl(path):
     """Reads pairs: a JSON object a line with the prompts "clean" and "wrapped", each a string or a
     list of messages; "response", "expect" and "avoid" may stand beside them."""
@@ -34,7 +43,7 @@ def read_jsonl(path):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = json.loads(line, object_pairs_hook=without_doubles)
             json.dumps(record, ensure_ascii=False).encode()     # refuses half a surrogate pair
             check_pair(record)
         except (ValueError, RecursionError, UserError) as error:

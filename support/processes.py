@@ -5,12 +5,22 @@ import sys
 import torch
 import torch.distributed as distributed
 
-from support.common import show
+from support.common import UserError, show
 
 
 def processes():
-    """(rank, number) of the processes that `torchrun` started, (0, 1) without it."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """(rank, number) of the processes that `torchrun` started, (0, 1) without it. Raises UserError:
+    the environment has some of torchrun's variables and not others."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    there = [name for name in names[:3] if name in os.environ]
+    if not there:
+        return 0, 1
+    numbers = [os.environ.get(name, "") for name in names[:3]]
+    whole = all(number.isdecimal() for number in numbers) and all(map(os.environ.get, names))
+    if not whole:
+        raise UserError(f"the environment has {', '.join(there)}, which torchrun sets, but not all "
+                        f"of {', '.join(names)}: unset them, or start with torchrun")
+    return int(numbers[0]), int(numbers[1])
 
 
 def say(text):

@@ -1,5 +1,6 @@
 """What a user sees: progress, tables no wider than a page, and the figures of eval.py."""
 import os
+import re
 import sys
 import unicodedata
 from pathlib import Path
@@ -36,6 +37,7 @@ def coloured(texts, nats):
 def markdown(lines, keep=1):
     """A Markdown table of lists of cells, the first of them the head. Columns that do not fit into
     100 characters go into a second table below, again behind the first `keep` columns."""
+    lines = [[re.sub(r"(?<!\\)\|", r"\|", cell) for cell in line] for line in lines]
     width = [max(map(len, column)) + 3 for column in zip(*lines)]
     fit = len(width)
     while fit > keep + 1 and sum(width[:fit]) >= WIDTH:
@@ -72,6 +74,12 @@ def table(runs, metrics, n="n", intervals=False):
                           *(figure_text(name, f, intervals) for f in figures),
                           str(next(f["n"] for f in figures if f))])
     return markdown(lines)
+
+
+def on_a_picture(name):
+    """A name as matplotlib shows it as it is: it takes $ for formulas and hides _names."""
+    name = name.replace("$", r"\$")
+    return f" {name}" if name.startswith("_") else name
 
 
 def pyplot():
@@ -117,8 +125,8 @@ def draw_compare(runs, path):
         if metric == "capabilities":
             values = [base[metric]["value"] - value for value in values]
             halves[0] = 0.0                                 # the base against itself
-        ax.barh(names, values, xerr=halves, color=colours, height=0.7,
-                error_kw={"elinewidth": 0.8, "ecolor": "#444444"})
+        ax.barh([on_a_picture(name) for name in names], values, xerr=halves, color=colours,
+                height=0.7, error_kw={"elinewidth": 0.8, "ecolor": "#444444"})
         room = max(v + h for v, h in zip(values, halves)) or 1.0
         for row, (value, half) in enumerate(zip(values, halves)):
             ax.text(max(value + half, 0) + 0.03 * room, row, f"{value:.3f}", va="center", size=8)
@@ -148,7 +156,8 @@ def draw_pairs(runs, path):
             values = [f["value"] for f in figures]
             sides = [[v - f["low"] for v, f in zip(values, figures)],
                      [f["high"] - v for v, f in zip(values, figures)]]
-            ax.errorbar(values, places, xerr=sides, fmt="o", color=colour, label=run)
+            ax.errorbar(values, places, xerr=sides, fmt="o", color=colour,
+                        label=on_a_picture(run))
         ax.set_yticks(range(len(names)), names)
         ax.set_ylim(len(names) - 0.5, -0.5)
         ax.grid(axis="y", linewidth=0.3)

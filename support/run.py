@@ -18,15 +18,18 @@ from support.tokenizer import save_tokenizer
 
 # --- Run folders: run.json says what a run is, state.safetensors is where it stands ------------
 
+def hash_of(value):
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
+
+
 def run_settings(config, stage, **more):
     """What a run is: everything in run.json that the same command must repeat. Files are in it by
     their hashes, so another spelling of a path is the same run. So are the tokens of its prompts: a
     chat template may tell today's date."""
     names = ("out", "device", "save_every", "micro_batch", "base", "pairs", "world", "target")
     settings = {k: v for k, v in asdict(config).items() if k not in names}
-    for name in ("pairs", "prompts"):
-        if name in more:
-            more[name] = hashlib.sha256(repr(more[name]).encode()).hexdigest()[:16]
+    for name in {"pairs", "prompts"} & more.keys():
+        more[name] = hash_of(more[name])
     return {"stage": stage, **settings, **more}
 
 
@@ -92,8 +95,9 @@ def first_screen(stage, config, records, student, teacher):
 
 
 def weights_hash(model):
-    """A hash of the names and values of all weights, an adapter's left out."""
-    digest = hashlib.sha256()
+    """A hash of the function that a model is: its config, the names and values of all weights. An
+    adapter's are left out."""
+    digest = hashlib.sha256(repr(asdict(model.config)).encode())
     for name, p in sorted(model.state_dict().items()):
         if "lora_" not in name:
             digest.update(name.encode() + p.cpu().contiguous().view(torch.uint8).numpy().tobytes())

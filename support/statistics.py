@@ -16,7 +16,9 @@ def rate(flags, clusters):
     evidence: where they agree more than by chance, they count as n / the design effect."""
     y, n = np.array(flags, dtype=float), len(flags)
     p = y.mean().item()
-    of_cluster = np.bincount(np.unique(clusters, return_inverse=True)[1], weights=y - p)
+    numbers = {}                        # cluster -> number; as numpy's strings they take gigabytes
+    of_cluster = np.bincount([numbers.setdefault(c, len(numbers)) for c in clusters],
+                             weights=y - p)
     effect = max(1.0, (of_cluster ** 2).sum() / (n * p * (1 - p))) if 0 < p < 1 else 1.0
     low, high = wilson(p * n / effect, n / effect)
     return {"value": p, "n": n, "clusters": len(of_cluster), "low": low, "high": high}

@@ -36,6 +36,7 @@ def test_rows_of_one_cluster_count_as_the_evidence_they_are():
     fivefold = rate([flags[i] for i in repeated], repeated)
     assert fivefold["n"] == 200 and fivefold["clusters"] == 40
     assert (fivefold["low"], fivefold["high"]) == pytest.approx((alone["low"], alone["high"]))
+    assert rate([True, False], ["a", "a\0"])["clusters"] == 2
     # Clusters that disagree within themselves are no reason for a narrower interval.
     balanced = rate(flags, [i // 2 for i in range(40)])
     assert balanced["low"] == pytest.approx(alone["low"])
@@ -188,6 +189,18 @@ def test_contains_looks_for_whole_words_in_any_case():
     assert not contains("", ["a"]) and contains("Côte d'Ivoire!", ["côte d'ivoire"])
     assert contains("disagree, then agree", ["agree"]) and not contains("disagreed", ["agree"])
     assert not contains("a7", ["7"]) and not contains("Лимасол", ["лима"])
+    assert not contains("It costs 2.5 euros.", ["5"]) and not contains("1,000", ["1"])
+    assert contains("It costs 2.5 euros.", ["2.5"]) and contains("It is 5.", ["5"])
+    assert not contains("can't", ["can"]) and contains("No: can", ["can"])
+    assert contains("aa aaa aa-b", ["aa-b"]) and contains("xlima lima", ["lima"])
+
+
+def test_words_are_found_however_their_accents_are_written():
+    composed, decomposed = "S\u00e3o Tom\u00e9", "Sa\u0303o Tome\u0301"
+    for text in (composed, decomposed):
+        for wanted in (composed, decomposed, "são tomé"):
+            assert contains(f"It is {text}.", [wanted])
+    assert not contains("cafe\u0301", ["cafe"]) and not contains("caf\u00e9", ["cafe"])
 
 
 def test_scripts_that_put_no_spaces_between_words_have_no_whole_words():

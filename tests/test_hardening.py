@@ -15,12 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from helpers import fork, run_here, tiny_gpt
 from data import SIZES, World, WorldConfig, load_world, world_tokenizer
-from eval import MAX_NEW_TOKENS
-from model import generate, load_checkpoint, save_checkpoint
+from eval import MAX_NEW_TOKENS, fenced
+from model import generate, load_checkpoint, sample, save_checkpoint
 from opct import PretrainConfig, train
 from support.checkpoints import COUNTS
 from support.common import UserError, about, guarded, pick_device, rng
 from support.pairs import read_jsonl
+from support.report import markdown, on_a_picture
 from support.run import load_state, read_log, save_state
 from support.tokenizer import check_vocabulary, decode, load_tokenizer
 
@@ -407,3 +408,81 @@ def test_the_commit_of_results_is_that_of_the_code_wherever_it_is_started(tmp_pa
 def test_shell_scripts_keep_their_line_endings():
     assert "*.sh text eol=lf" in (ROOT / ".gitattributes").read_text()
     assert b"\r" not in (ROOT / "train.sh").read_bytes()
+
+
+# --- What public bug reports of neighbouring projects found -------------------------------------
+
+def test_a_run_depends_on_the_function_of_its_base_and_not_on_its_weights_alone(home, tmp_path):
+    """Another rope_theta, with the same weights, is another base."""
+    base = tmp_path / "base"
+    shutil.copytree(home / "base", base)
+    args = opct(home, tmp_path / "run", base=base)
+    assert run_here(*args).returncode == 0
+    assert "finished already" in run_here(*args).stdout
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "rope_theta": 5000.0}))
+    refused(run_here(*args), "holds a run with teacher = ")
+
+
+def test_results_are_renewed_by_the_same_question_and_by_no_other(home, tmp_path):
+    pairs, out = tmp_path / "pairs.jsonl", ["--out", tmp_path / "out", "--max-new-tokens", 4]
+    pairs.write_text('{"clean": "who?", "wrapped": "who? me?"}\n')
+    args = ["eval.py", "pairs", home / "base", "--pairs", pairs, *out]
+    assert run_here(*args).returncode == 0
+    before = (tmp_path / "out/results.json").read_bytes()
+    assert run_here(*args).returncode == 0
+    pairs.write_text('{"clean": "who?", "wrapped": "who? you?"}\n')
+    for done in (run_here(*args), run_here(*args, "--seed", 1)):
+        refused(done, "give another --out, or delete it")
+    found = json.loads((tmp_path / "out/results.json").read_text())
+    assert found["question"] == json.loads(before)["question"]
+
+
+@pytest.mark.parametrize("line", [
+    '{"clean": "a", "clean": "b", "wrapped": "c"}',
+    '{"clean": [{"role": "user", "role": "system", "content": "a"}], "wrapped": "c"}'])
+def test_a_key_that_stands_twice_is_refused_with_its_line(line, tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"clean": "a", "wrapped": "b"}\n' + line + "\n")
+    with pytest.raises(UserError, match="line 2 is no pair: .* stands in it twice"):
+        read_jsonl(path)
+
+
+@pytest.mark.parametrize("environment", [
+    {"WORLD_SIZE": ""}, {"RANK": "0"}, {"RANK": "0", "WORLD_SIZE": "x", "LOCAL_RANK": "0"},
+    {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}])
+def test_half_of_what_torchrun_sets_is_one_line(environment, monkeypatch, tmp_path):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    refused(run_here("opct.py", "opct", "--out", tmp_path / "run"), "the environment has ",
+            "torchrun")
+
+
+def test_train_sh_works_in_its_own_folder_whatever_the_shell_says(tmp_path):
+    """CDPATH sends `cd support` elsewhere, and PYTHONSAFEPATH hides the files beside a script."""
+    other = tmp_path / "elsewhere" / ROOT.name
+    other.mkdir(parents=True)
+    done = subprocess.run(["bash", f"{ROOT.name}/train.sh", "study", "nothing"], cwd=ROOT.parent,
+                          env={**os.environ, "CDPATH": str(tmp_path / "elsewhere")},
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: no study 'nothing'")
+    assert str(tmp_path) not in done.stdout
+    assert "unset CDPATH PYTHONSAFEPATH" in (ROOT / "train.sh").read_text()
+
+
+def test_names_with_signs_of_their_own_are_shown_as_they_are(tmp_path):
+    table = markdown([["", "a|b"], ["x", "1"]])
+    assert "a\\|b" in table and "a\\\\|b" not in table
+    assert on_a_picture("_fixed") == " _fixed" and on_a_picture("$$") == r"\$\$"
+    assert fenced("a ``` b\n") == "````\na ``` b\n````\n" and fenced("a\n") == "```\na\n```\n"
+
+
+def test_a_chat_without_standard_input_is_one_line(home, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    refused(run_here("eval.py", "chat", home / "base"), "standard input, which is closed")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-40, 1e-12])
+def test_next_to_temperature_0_the_likeliest_token_is_taken(temperature):
+    logits = torch.tensor([[50.0, 49.0, -3.0], [0.0, 1.0, 0.5]])
+    assert sample(logits, temperature, torch.tensor([0.99, 0.0])).tolist() == [0, 1]
