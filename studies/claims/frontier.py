@@ -19,8 +19,6 @@ from pathlib import Path
 
 from studies import pool
 from studies.claims.plan import LEARNT, PRESETS, python
-from studies.claims.tables import text_of
-from studies.stats import mean_over_seeds
 from studies.study import ARMS, fill
 from support.common import UserError, read_json, show, write_json, write_text
 from support.report import markdown
@@ -126,10 +124,10 @@ def run(name, seeds=None):
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "frontier.json"
-# What the main README shows of the point that `train.sh quick` stands at.
+# What the main README shows of `bash train.sh quick`, which stands at a point of the experiment.
 QUICK_POINT, QUICK_RATE = "12x240", "6e-4"
-QUICK_FIGURES = {"failures left": "failures_left", "capabilities lost": "capabilities_lost",
-                 "harmless refused": "over_refusal", "drift x 1000": "drift_kl"}
+QUICK_FIGURES = {"failures left": "failures_left", "capabilities lost": "capabilities",
+                 "harmless refused": "over_refusal", "drift": "drift_kl"}
 
 
 def rounded(figures):
@@ -162,22 +160,30 @@ def with_sums(runs):
     return out
 
 
-def quick_table(study):
-    """What to expect of `train.sh quick`: means over the seeds that are measured."""
-    cells = [with_sums(cell["runs"]) for cell in study[QUICK_POINT].values()]
+def quick_table(seeds):
+    """What to expect of `bash train.sh quick`: the mean over seeds, and the least and the most.
+
+    seeds: the runs of each seed, name -> figures, as `eval.py compare` writes them.
+    """
     lines = [["lower is better", *QUICK_FIGURES]]
-    for arm, run in {"base": "base", **{arm: f"{arm}@{QUICK_RATE}" for arm in SIX}}.items():
-        figures = {metric: mean_over_seeds([cell[run][metric] for cell in cells])
-                   for metric in QUICK_FIGURES.values()}
-        lines.append([arm, *(text_of(metric, figure) for metric, figure in figures.items())])
-    seeds = f"means of {len(cells)} seeds with 95 % intervals"
-    if len(cells) == 1:
-        seeds = "one seed so far"
-    return f"What to expect of it, and of two arms more: {seeds}.\n\n{markdown(lines)}"
+    for name in seeds[0]:
+        line = [name]
+        for metric in QUICK_FIGURES.values():
+            values = [runs[name][metric]["value"] for runs in seeds]
+            if metric == "capabilities":
+                values = [runs["base"][metric]["value"] - value
+                          for runs, value in zip(seeds, values)]
+            scale = 1000 if metric == "drift_kl" else 100
+            mean = scale * sum(values) / len(values)
+            line.append(f"{mean:.1f} ({scale * min(values):.1f} to {scale * max(values):.1f})")
+        lines.append(line)
+    return (f"Mean (least to most) of {len(seeds)} seeds, in percent, the drift in thousandths of a "
+            f"nat:\n\n{markdown(lines)}")
 
 
 def publish():
     """Writes the table of the main README."""
     path = HERE.parent.parent / "README.md"
-    table = quick_table(read_json(RESULTS, "get it from git again"))
-    write_text(path, fill(path.read_text(), "frontier", table))
+    seeds = [read_json(file, "get it from git again")["runs"]
+             for file in sorted((HERE / "quick").glob("seed-*.json"))]
+    write_text(path, fill(path.read_text(), "quick", quick_table(seeds)))

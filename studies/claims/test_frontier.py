@@ -1,5 +1,6 @@
 """Experiment 1: its plan, its sums and its table from hand-made results, the gradient's noise."""
 import copy
+import json
 
 import pytest
 import torch
@@ -7,7 +8,8 @@ import torch
 from helpers import ROOT, tiny_gpt
 from opct import ConsistencyConfig
 from studies.claims import frontier
-from studies.claims.frontier import FRONTIERS, SIX, quick_table, rounded, stages, take_over
+from studies.claims.frontier import (FRONTIERS, SIX, quick_table, rounded, stages, take_over,
+                                     with_sums)
 from studies.claims.noise import gradient_noise
 from support.common import UserError, read_json, write_json
 
@@ -59,14 +61,35 @@ def test_the_quick_preset_stands_at_the_point_that_the_readme_shows():
     assert f'runs="{runs}"' in script
 
 
-def test_the_table_by_hand():
-    """Two seeds with 0.1 and 0.3 of the failures left: 0.2, and t = 12.71 times 0.1 around it."""
-    study = {"12x240": {"llama-0": cell(), "llama-1": cell(0.2)}}
-    lines = [line.split("|") for line in quick_table(study).splitlines() if line.startswith("| ")]
-    found = {line[1].strip(): [text.strip() for text in line[2:-1]] for line in lines}
-    assert found["sft"] == ["0.200 ± 1.271", "0.100 ± 0.000", "0.250 ± 0.000", "12.5 ± 0.0"]
-    assert found["opct"][1] == "0.140 ± 0.000" and found["base"][0] == "0.500 ± 0.000"
-    assert "one seed so far" in quick_table({"12x240": {"llama-0": cell()}})
+def test_the_table_of_the_readme_by_hand():
+    """Two seeds: 0.1 and 0.3 of the failures left, 0.1 and 0.2 of the capabilities lost."""
+    def seed(left, right):
+        names = ("failures_left", "capabilities", "over_refusal", "drift_kl")
+        rows = {"base": (0.5, 0.9, 0.25, 0.0), "sft": (left, right, 0.25, 0.0125)}
+        return {run: {name: {"value": value} for name, value in zip(names, row)}
+                for run, row in rows.items()}
+
+    text = quick_table([seed(0.1, 0.8), seed(0.3, 0.7)])
+    lines = [line.split("|") for line in text.splitlines() if line.startswith("| ")]
+    found = {line[1].strip(): [cell.strip() for cell in line[2:-1]] for line in lines}
+    assert found["sft"] == ["20.0 (10.0 to 30.0)", "15.0 (10.0 to 20.0)", "25.0 (25.0 to 25.0)",
+                            "12.5 (12.5 to 12.5)"]
+    assert found["base"][:2] == ["50.0 (50.0 to 50.0)", "0.0 (0.0 to 0.0)"]
+    assert text.startswith("Mean (least to most) of 2 seeds")
+
+
+def test_the_readme_has_the_table_that_the_results_give():
+    seeds = [json.loads(file.read_text())["runs"]
+             for file in sorted((frontier.HERE / "quick").glob("seed-*.json"))]
+    assert len(seeds) >= 3 and quick_table(seeds) in (ROOT / "README.md").read_text()
+
+
+def test_the_sums_by_hand():
+    """0.1 of each failure is 0.1 left; 0.9 of each capability of the base and 0.8: 0.1 lost."""
+    runs = with_sums(cell()["runs"])
+    assert runs["sft@6e-4"]["failures_left"] == pytest.approx(0.1)
+    assert runs["sft@6e-4"]["capabilities_lost"] == pytest.approx(0.1)
+    assert runs["base"]["failures_left"] == pytest.approx(0.5)
 
 
 def test_sittings_add_up(tmp_path, monkeypatch):
