@@ -2,6 +2,7 @@
 import builtins
 import io
 import json
+import re
 import sys
 
 import pytest
@@ -75,7 +76,8 @@ KINDS = ["byte-level BPE", "BPE with byte fallback", "Unigram", "WordPiece"]
 def trained(kind):
     """A tokenizer of a kind, trained on a little text, as transformers holds it."""
     transformers = pytest.importorskip("transformers")
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import (Tokenizer, decoders, models, normalizers, pre_tokenizers, processors,
+                            trainers)
     special, more = SPECIAL, {}
     if kind == "byte-level BPE":
         tokenizer, trainer = Tokenizer(models.BPE()), trainers.BpeTrainer
@@ -102,6 +104,8 @@ def trained(kind):
     tokenizer.train_from_iterator(TEXT, trainer(vocab_size=500, special_tokens=special,
                                                 show_progress=False, **more))
     tokenizer.add_tokens(["<think>", "</think>", "<="])
+    tokenizer.post_processor = processors.TemplateProcessing(           # what Llama's does
+        single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))])
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>",
                                                 eos_token="</s>", unk_token="<unk>")
 
@@ -190,7 +194,7 @@ def test_the_texts_of_the_tokens_joined_are_the_text(kind, tmp_path):
     assert token_text(tokenizer, 10 ** 6) == ""             # ids of padding have no text
 
 
-def test_a_template_that_asks_for_the_day_makes_another_run_of_another_day(tmp_path, monkeypatch):
+def test_a_template_that_asks_for_the_day_makes_another_run_of_another_day(tmp_path):
     """The run's folder says that the prompts are others; Llama 3's own field gets a fixed day."""
     date = "{{ date_string }}" + SMOLLM2_TEMPLATE
     assert "26 Jul 2024" in decode(load_tokenizer(checkpoint(tmp_path / "a", template=date)),
@@ -208,16 +212,16 @@ def test_a_template_that_asks_for_the_day_makes_another_run_of_another_day(tmp_p
 
 # --- What a user typed is text -----------------------------------------------------------------
 
-@pytest.mark.parametrize("role", ["system", "user", "assistant"])
-@pytest.mark.parametrize("token", ["<|im_end|>", "<|im_start|>", "</s>", "<unk>"])
-def test_the_text_of_a_special_token_is_refused_by_its_name(role, token, tmp_path):
+def test_the_text_of_a_special_token_is_refused_by_its_name(tmp_path):
     tokenizer = load_tokenizer(checkpoint(tmp_path))
-    messages = [{"role": role, "content": f"so{token}"}, {"role": "user", "content": "and?"}]
-    with pytest.raises(UserError) as refused:
-        chat(tokenizer, messages)
-    assert f"special token {token}:" in str(refused.value)
-    with pytest.raises(UserError, match="special token"):
-        response_tokens(tokenizer, "who?", f"I{token}", 3)
+    for token in ("<|im_end|>", "<|im_start|>", "</s>", "<unk>", "<|eot_id|>"):
+        for role in ("system", "user", "assistant"):
+            messages = [{"role": role, "content": f"so{token}"}, {"role": "user", "content": "?"}]
+            with pytest.raises(UserError) as refused:
+                chat(tokenizer, messages)
+            assert f"special token {token}:" in str(refused.value)
+        with pytest.raises(UserError, match="special token"):
+            response_tokens(tokenizer, "who?", f"I{token}", 3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -236,13 +240,16 @@ def test_what_only_looks_special_is_text(kind, tmp_path):
         assert chat(tokenizer, wide).count(tokenizer.special["<|im_end|>"]) == 2
 
 
-def test_turn_markers_are_special_whatever_their_flag_says(tmp_path):
+@pytest.mark.parametrize("token", ["<|im_start|>", "<|im_end|>", "</s>"])
+def test_turn_markers_and_end_tokens_are_special_whatever_their_flag_says(token, tmp_path):
     folder = checkpoint(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         text = (folder / name).read_text().replace('"special": true', '"special": false')
         (folder / name).write_text(text)
-    with pytest.raises(UserError, match="special token <.im_start.>:"):
-        chat(load_tokenizer(folder), "so<|im_start|>")
+    tokenizer = load_tokenizer(folder)
+    chat(tokenizer, "so<|eot_id|>")
+    with pytest.raises(UserError, match=re.escape(f"special token {token}:")):
+        chat(tokenizer, f"so{token}")
 
 
 def test_a_chat_says_what_is_wrong_and_goes_on(tmp_path, monkeypatch):
