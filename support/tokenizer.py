@@ -127,8 +127,9 @@ def load_pretrained(folder):
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True,
                                                   trust_remote_code=False)
     except Exception as error:                              # of many kinds, none of ours
+        more = "; without tokenizer.json it needs `pip install sentencepiece protobuf`"
         raise UserError(f"transformers cannot read the tokenizer of {folder}: {in_a_line(error)}"
-                        ) from error
+                        f"{'' if (folder / 'tokenizer.json').exists() else more}") from error
     files = {}
     for path in [*folder.glob("*"), *(folder / TEMPLATES).glob("*")]:
         if path.is_file() and path.suffix in TEXTS and path.name not in OTHERS:

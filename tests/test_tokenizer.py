@@ -325,8 +325,9 @@ def test_a_damaged_file_is_one_line(name, text, tmp_path):
     (folder / name).unlink()
     if text is not None:
         (folder / name).write_text(text)
-    with pytest.raises(UserError, match="^transformers cannot read the tokenizer of [^\n]*$"):
+    with pytest.raises(UserError, match="^transformers cannot read the tokenizer of [^\n]*$") as e:
         load_tokenizer(folder)
+    assert ("pip install sentencepiece protobuf" in str(e.value)) == (text is None)
 
 
 def test_a_folder_of_tokenizer_json_alone_is_read_as_transformers_does(tmp_path):
