@@ -175,10 +175,10 @@ def quick_table(seeds):
                           for runs, value in zip(seeds, values)]
             scale = 1000 if metric == "drift_kl" else 100
             mean = scale * sum(values) / len(values)
-            line.append(f"{mean:.1f} ({scale * min(values):.1f} to {scale * max(values):.1f})")
+            line.append(f"{mean:.1f} ({scale * min(values):.1f}-{scale * max(values):.1f})")
         lines.append(line)
-    return (f"Mean (least to most) of {len(seeds)} seeds, in percent, the drift in thousandths of a "
-            f"nat:\n\n{markdown(lines)}")
+    return (f"Mean (least-most) of {len(seeds)} seeds, in percent; drift in thousandths of a nat:"
+            f"\n\n{markdown(lines)}")
 
 
 def publish():

@@ -72,10 +72,10 @@ def test_the_table_of_the_readme_by_hand():
     text = quick_table([seed(0.1, 0.8), seed(0.3, 0.7)])
     lines = [line.split("|") for line in text.splitlines() if line.startswith("| ")]
     found = {line[1].strip(): [cell.strip() for cell in line[2:-1]] for line in lines}
-    assert found["sft"] == ["20.0 (10.0 to 30.0)", "15.0 (10.0 to 20.0)", "25.0 (25.0 to 25.0)",
-                            "12.5 (12.5 to 12.5)"]
-    assert found["base"][:2] == ["50.0 (50.0 to 50.0)", "0.0 (0.0 to 0.0)"]
-    assert text.startswith("Mean (least to most) of 2 seeds")
+    assert found["sft"] == ["20.0 (10.0-30.0)", "15.0 (10.0-20.0)", "25.0 (25.0-25.0)",
+                            "12.5 (12.5-12.5)"]
+    assert found["base"][:2] == ["50.0 (50.0-50.0)", "0.0 (0.0-0.0)"]
+    assert text.startswith("Mean (least-most) of 2 seeds")
 
 
 def test_the_readme_has_the_table_that_the_results_give():
