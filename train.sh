@@ -25,7 +25,7 @@ seed=0
 [ $# -le $most ] || die "too many arguments: see the top of train.sh"
 
 # This Python if it has the packages, else one of our own in .venv.
-packages="import torch, tiktoken, numpy, safetensors, pytest, matplotlib, jinja2"
+packages="import torch, tiktoken, numpy, safetensors, pytest, matplotlib, jinja2, regex"
 python3 -c "$packages" 2>/dev/null && python=python3 || python=.venv/bin/python
 if ! $python -c "$packages" 2>/dev/null; then
     echo "== setting up .venv (once; torch is the largest part)"

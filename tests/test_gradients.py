@@ -166,6 +166,31 @@ def test_trap_the_top_of_the_vocabulary_alone_is_biased_and_can_be_negative():
     assert reverse_kl(student, teacher) > 0 > partial(student[:2], teacher[:2])
 
 
+@pytest.mark.parametrize("doubt, reverse_ends", [(1e-4, 0.90), (1e-8, 0.99)])
+def test_opct_rounds_to_the_majority_where_the_wrapped_prompt_hides_what_the_clean_one_tells(
+        doubt, reverse_ends):
+    """Two pairs look alike to the student, and their teachers are certain of opposite answers, in
+    shares of .62 and .38. The mean forward KL (SFT) is least at the teachers' arithmetic mean, .62;
+    the mean reverse KL (OPCT) at the normalised geometric mean: the surer, the nearer to 1."""
+    share = 0.62
+    first = torch.tensor([1 - doubt, doubt], dtype=torch.float64)
+    teachers, weights = (first, first.flip(0)), (share, 1 - share)
+
+    def gradient_at(p, kl):
+        theta = p.log().requires_grad_()
+        logp = theta.log_softmax(-1)
+        loss = sum(w * kl(logp, q.log()) for w, q in zip(weights, teachers))
+        return torch.autograd.grad(loss, theta)[0]
+
+    arithmetic = sum(w * q for w, q in zip(weights, teachers))
+    geometric = sum(w * q.log() for w, q in zip(weights, teachers)).softmax(-1)
+    assert geometric[0].item() == pytest.approx(reverse_ends, abs=0.005)
+    assert arithmetic[0].item() == pytest.approx(0.62, abs=0.001)
+    for kl, ends, other in ((reverse_kl, geometric, arithmetic),
+                            (forward_kl, arithmetic, geometric)):
+        assert gradient_at(ends, kl).abs().max() < 1e-9 < gradient_at(other, kl).abs().max()
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_trap_greedy_or_sharpened_samples_are_biased(temperature):
     sampler = torch.nn.functional.one_hot(THETA.argmax(), 5).double()
