@@ -5,7 +5,6 @@ import math
 import random
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -289,7 +288,6 @@ def test_the_study_at_its_smallest(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     processes = SimpleNamespace(Popen=Interrupted, STDOUT=subprocess.STDOUT)
     monkeypatch.setattr("studies.pool.subprocess", processes)
-    monkeypatch.setattr("studies.pool.core_seconds", time.process_time)
     study, = commands_of(tmp_path, "study", "claims", "smoke")
     folder = tmp_path / "out/study-claims-smoke"
     assert run_script_here(*study).returncode == 130
@@ -344,7 +342,6 @@ def check_the_map(results):
     assert all(own["sft"][f"good_both_{axis}"]["n"] == 12
                for axis in ("sycophancy", "jailbreak", "safety"))
     assert set(results["about"]["core_hours"]) == {"llama-0"}
-    assert sum(results["about"]["core_hours"]["llama-0"].values()) > 0
 
 
 def test_a_folder_without_a_study_is_one_line(tmp_path):
