@@ -1,11 +1,13 @@
 """What studies share: the arms, a command line with presets, a page made from the results."""
 import argparse
 import re
+import textwrap
 from pathlib import Path
 
 import torch
 
 from support.common import UserError, read_json, write_text
+from support.report import WIDTH
 
 # Name of an arm: the command of opct.py and its --loss.
 ARMS = {"sft": ("sft", "sampled"), "sft-exact": ("sft", "exact"),
@@ -46,13 +48,23 @@ def committed(folder):
 
 
 def filled(words, tables):
-    """The text with its {names} replaced by tables. Raises UserError if a name is unknown."""
+    """The text with its {names} replaced by tables. Raises UserError if a name is unknown.
+
+    A paragraph or list item with a name inside it is wrapped again.
+    """
     def put(found):
         if found[1] not in tables:
             raise UserError(f"words.md asks for {found[0]}, which the report does not make")
         return tables[found[1]]
 
-    return re.sub(r"\{(\w+)\}", put, words)
+    parts = re.split(r"(\n\n|\n(?=- |\d\. ))", words)
+    for i, part in enumerate(parts):
+        parts[i] = re.sub(r"\{(\w+)\}", put, part)
+        if parts[i] != part and not re.fullmatch(r"\{\w+\}", part.strip()):
+            indent = " " * len(re.match(r"- |\d\. |", part)[0])
+            parts[i] = textwrap.fill(" ".join(parts[i].split()), WIDTH, subsequent_indent=indent,
+                                     break_long_words=False, break_on_hyphens=False)
+    return "".join(parts)
 
 
 def fill(text, name, block):

@@ -11,7 +11,6 @@
                     wordings   their requests in hints and frames that no pair contains
                     entities   other questions, recipes and things in the pairs' wordings
                     both       other ones in other wordings
-                  good_trained_safety and so on: of one axis
     gap           good_trained - good_both; that of the base is not 0, for the few trained pairs
                   may be easier or harder than others
     noise, size   of the gradient of one update by the run's own loss, see noise.py; of the base
@@ -33,7 +32,6 @@ from studies.study import ARMS
 from support.common import (Parser, about, add_number, guarded, pick_device, read_json, rng, show,
                             write_json)
 from support.pairs import read_jsonl
-from support.statistics import rate
 from support.tokenizer import chat, chat_all, load_tokenizer
 
 FRESH = 16                  # fresh responses to a pair
@@ -119,14 +117,10 @@ def variations(world, records, tries, seed):
 
 
 def good(model, tokenizer, records, seed):
-    """The share of good responses to the wrapped prompts: of all, and axis -> of that axis."""
+    """The share of good responses to the wrapped prompts."""
     responses = respond(model, tokenizer, [r["wrapped"] for r in records], seed)
-    flags, axes = {"": []}, {"": []}
-    for r, text in zip(records, responses):
-        for axis in ("", f"_{r['axis']}"):
-            flags.setdefault(axis, []).append(judge(r, text) == GOOD[r["axis"], r["fails"]])
-            axes.setdefault(axis, []).append(r["clean"])
-    return {axis: rate(flags[axis], axes[axis]) for axis in flags}
+    return sum(judge(r, text) == GOOD[r["axis"], r["fails"]]
+               for r, text in zip(records, responses)) / len(records)
 
 
 # --- The gradient's noise ----------------------------------------------------------------------
@@ -169,8 +163,7 @@ def measure(args):
         figures["memorised"] = memorised(token_logp(model, base, *stored),
                                          token_logp(model, base, *fresh))
         for kind, some in variants.items():
-            for axis, figure in good(model, tokenizer, some, (args.seed, kind)).items():
-                figures[f"good_{kind}{axis}"] = figure["value"]
+            figures[f"good_{kind}"] = good(model, tokenizer, some, (args.seed, kind))
         figures["gap"] = figures["good_trained"] - figures["good_both"]
         if folder == args.base:
             figures["gradient"] = noise_at_agreement(base, tokenizer, records, config, args.draws,

@@ -1,93 +1,112 @@
-"""The plan of the study: which commands, in which order, and which learning rates.
+"""What the study runs, in which order.
 
-A *cell* is one base model, a family and a seed such as llama-0, and everything measured on it.
-1. The worlds and the base models of all cells.
-2. On the grid's seeds: every arm at every learning rate, compared on both splits.
-3. The learning rate of each arm is chosen on the validation split.
-4. Every cell: the four arms, the controls (llama only), three attackers a target, the pool of
-   their prompts against every target, compare.
-5. The map (map.py): other numbers of pairs and updates, on some of the seeds.
-The grid goes seed after seed, and steps 4 and 5 take as many seeds at a time as there are cores:
-so a sitting ends with whole cells and points.
+Experiment 1, the frontier. Six arms tell three things apart that "on-policy" stands for at once.
+All have the same learning rate, and several rates are shown; none is chosen:
+
+                                       one token    the whole distribution
+    stored responses of the teacher    sft          sft-exact
+    fresh responses of the teacher     sft-fresh    sft-fresh-exact
+    fresh responses of the student     opct         opct-exact
+
+It stands at two points: 12 pairs and 240 updates (what `train.sh quick` shows), 108 pairs and 480
+updates. Its dose is `sft` with 4, 16 or 64 stored responses to a pair, and fresh ones, at one rate.
+
+Experiment 2, the attack. Four arms and three controls at 108 pairs and 60 updates, three attackers
+against each arm, and all attackers' prompts together against each.
+
+A *cell* is a family and a seed such as llama-0: a world, a base model and all that starts from it.
+It belongs to one sitting on one kind of machine: a base model that is trained again elsewhere is
+another one.
 """
 import sys
-from dataclasses import dataclass, field, replace
-
-import numpy as np
+from dataclasses import dataclass, field
 
 from studies.study import ARMS
 
+SIX = {"sft": ARMS["sft"], "sft-exact": ARMS["sft-exact"],
+       "sft-fresh": ("sft --stored 0", "sampled"), "sft-fresh-exact": ("sft --stored 0", "exact"),
+       "opct": ARMS["opct"], "opct-exact": ARMS["opct-exact"]}
+DOSES = {"sft-16": ("sft --stored 16", "sampled"), "sft-64": ("sft --stored 64", "sampled")}
+
+# The rates of the attack's arms. In the first edition of this study a grid from 1e-4 to 4e-3 chose
+# them, on validation prompts of two seeds: the fewest failures among the rates that cost no
+# capability more than 0.03.
+RATES = {"sft": "6e-4", "sft-exact": "1e-3", "opct": "6e-4", "opct-exact": "3e-4"}
 # Name of a control: the arm that it repeats and its --control.
 CONTROLS = {"sft-clean": ("sft", "clean"), "opct-clean": ("opct", "clean"),
             "opct-shuffled": ("opct", "shuffled")}
 TARGETS = ("base", *ARMS)               # what is attacked
-LEARNT = ("capability_math", "capability_facts", "capability_instructions")
 
 
-# Seconds of a core: a command's start, an update of each method, a column of a table, and so on.
-COST = {"world": 3, "base": 300, "start": 5, "sft": 0.4, "opct": 0.5, "attacker": 30, "pool": 70,
-        "column": 6, "point": 45}
-SMALL = {"world": 3, "base": 6, "start": 4, "sft": 0.1, "opct": 0.1, "attacker": 6, "pool": 6,
-         "column": 0.5, "point": 6}
+@dataclass
+class Point:
+    """flag: --pairs of data.py; batch: pairs in an update; rates: of all six arms."""
+    flag: int
+    updates: int
+    batch: int
+    rates: tuple
+
+    @property
+    def pairs(self):
+        """Of the three axes, with a failure and without."""
+        return 3 * (self.flag + self.flag // 2)
+
+    @property
+    def name(self):
+        return f"{self.pairs}x{self.updates}"
+
+
+# Seconds of a core: a world, a base model, a consistency run's start and each of its responses,
+# an attacker, a pool, and what is measured of one run.
+COST = {"world": 3, "base": 420, "start": 5, "response": 0.0035, "attacker": 30, "pool": 70,
+        "measure": 12}
 
 
 @dataclass
 class Preset:
-    """Sizes of a study, by default those of full. The flags of world, base and runs are those of
-    train.sh. A point of the map is (--pairs of data.py, updates)."""
+    """Sizes of the study, by default those of full. The flags of world, base and runs are those of
+    train.sh."""
     world: str = ""
     base: str = "--steps 1700 --rows 24 --layers 4 --width 128 --lr 1e-2"
+    points: tuple = (Point(3, 240, 12, ("1.5e-4", "3e-4", "6e-4")),
+                     Point(24, 480, 32, ("3e-4", "6e-4")))
+    seeds: tuple = (0, 1, 2, 3, 4)      # of the family llama, at every point
+    dose_rate: str = "6e-4"
+    samples: int = 4
+    tries: int = 240                    # responses for each good_*
+    draws: int = 32                     # of an update, for its noise
+    attacked: dict = field(default_factory=lambda: {
+        "llama": range(10), "qwen2": range(3), "qwen3": range(3)})      # family -> seeds
     runs: str = "--steps 60 --batch 32 --samples 4"
+    responses: int = 60 * 32 * 4        # of one of these
     attacker: str = "--steps 24 --group 16 --attempts 64"
     attempts: int = 64
-    attackers: int = 3                                      # of each target
-    rates: tuple = ("1e-4", "3e-4", "6e-4", "1e-3", "2e-3", "4e-3")
-    seeds: tuple = tuple(range(10))                         # of the family llama
-    others: tuple = ("qwen2", "qwen3")
-    more_seeds: tuple = (0, 1, 2)                           # of the other families
-    grid_seeds: tuple = (0, 1)                              # of llama, for all learning rates
-    map_seeds: tuple = (0, 1, 2, 3, 4)                      # of llama
-    own: tuple = (24, 60)                                   # the point of the cells
-    map_points: tuple = ((3, 60), (3, 240), (3, 480), (24, 60), (24, 240), (24, 480))
-    map_second: tuple = (3, 240)                            # where the second reading's are chosen
-    map_rates: tuple = ("1e-4", "3e-4", "6e-4", "1e-3")     # that are tried there
-    map_again: tuple = ((3, 240), (24, 480))                # the points of the second reading
-    map_tries: int = 240                                    # responses for each good_*
+    attackers: int = 3                  # of each target
     cost: dict = field(default_factory=COST.copy)
 
 
 PRESETS = {
-    # Every stage once, models that know nothing: two minutes on 2 CPU cores.
+    # Every stage once, with models that know nothing.
     "smoke": Preset(world="--cities 12 --lands 4 --recipes 6 --things 12 --pairs 8 --tests 12",
                     base="--steps 20 --rows 8 --layers 2 --width 64",
-                    runs="--steps 4 --batch 8 --samples 2",
-                    attacker="--steps 2 --group 4 --attempts 4", attempts=4, attackers=2,
-                    rates=("1e-3",), seeds=(0,), more_seeds=(), grid_seeds=(0,), map_seeds=(0,),
-                    own=(8, 4), map_points=((2, 8), (8, 4)), map_second=(2, 8),
-                    map_again=((2, 8),), map_rates=("3e-4",), map_tries=24, cost=SMALL),
-    # All questions with few seeds and points: about an hour on 2 CPU cores.
-    "quick": Preset(seeds=(0, 1), more_seeds=(), grid_seeds=(0,), map_seeds=(0, 1),
-                    map_points=((3, 60), (3, 240), (24, 60)), map_again=((3, 240),)),
-    # The study of the README: 6 to 13 hours on 2 CPU cores.
+                    points=(Point(2, 4, 4, ("6e-4",)),), seeds=(0,), samples=2, tries=24, draws=2,
+                    attacked={"llama": (0,)}, runs="--steps 4 --batch 8 --samples 2",
+                    responses=64, attacker="--steps 2 --group 4 --attempts 4", attempts=4,
+                    attackers=2, cost={"world": 3, "base": 6, "start": 4, "response": 0.001,
+                                       "attacker": 6, "pool": 6, "measure": 2}),
+    # One seed of experiment 1 at one rate: 40 minutes on 2 CPU cores.
+    "quick": Preset(points=(Point(3, 240, 12, ("6e-4",)), Point(24, 480, 32, ("6e-4",))),
+                    seeds=(0,), attacked={}),
+    # The study of the README: about 15 hours of a core.
     "full": Preset()}
 
 
-def grid_of(preset, seed):
-    """The part of a study that tries learning rates on this seed."""
-    return replace(preset, seeds=(seed,), grid_seeds=(seed,), more_seeds=(), map_seeds=())
-
-
 def cells_of(preset):
-    """(family, seed) of every cell."""
+    """(family, seed) of every cell, those of experiment 1 first."""
     cells = [("llama", seed) for seed in preset.seeds]
-    for family in preset.others:
-        cells += [(family, seed) for seed in preset.more_seeds]
-    return cells
-
-
-def bases_of(preset):
-    """(family, seed) of every base model: the cells' and the map's, which are mostly the same."""
-    return list(dict.fromkeys(cells_of(preset) + [("llama", seed) for seed in preset.map_seeds]))
+    for family, seeds in preset.attacked.items():
+        cells += [(family, seed) for seed in seeds]
+    return list(dict.fromkeys(cells))
 
 
 # --- Commands: (seconds of a core that it takes about, name, argv) ----------------------------
@@ -96,108 +115,99 @@ def python(seconds, name, text):
     return seconds, name, [sys.executable, *text.split()]
 
 
-def value_of(name, flags):
-    """The number that counts where a flag may be given twice: the last one."""
-    return [int(value) for flag, value in zip(flags, flags[1:]) if flag == name][-1]
+def base_stages(folder, preset, cell):
+    """The world and the base model of a cell, such as llama-0."""
+    family, seed = cell.split("-")
+    at = f"{folder}/{cell}"
+    world = python(preset.cost["world"], f"{cell}/world",
+                   f"data.py --out {at}/world --seed {seed} {preset.world}")
+    base = python(preset.cost["base"], f"{cell}/base",
+                  f"opct.py pretrain --world {at}/world --out {at}/base --family {family} --seed "
+                  f"{seed} {preset.base}")
+    return [[world], [base]]
 
 
-def consistency(folder, cell, name, arm, rate, preset, more=""):
-    """One consistency run of a cell. `more` are flags; given a second time, the last one counts."""
-    method, loss = ARMS[arm]
-    at = f"{folder}/{cell[0]}-{cell[1]}"
-    flags = (f"--base {at}/base --pairs {at}/world/train.jsonl --out {at}/{name} --loss {loss} "
-             f"--lr {rate} --seed {cell[1]} {preset.runs} {more}").split()
-    seconds = preset.cost["start"] + value_of("--steps", flags) * preset.cost[method]
-    return python(seconds, f"{cell[0]}-{cell[1]}/{name}", f"opct.py {method} {' '.join(flags)}")
+def runs_of(preset, point):
+    """Name such as sft-fresh@3e-4 -> (command, loss, rate) of each run at a point."""
+    runs = {f"{arm}@{rate}": (*how, rate) for rate in point.rates for arm, how in SIX.items()}
+    doses = {f"{arm}@{preset.dose_rate}": (*how, preset.dose_rate) for arm, how in DOSES.items()}
+    return runs | doses
 
 
-def compare(folder, cell, out, names, split, preset, attempts=1):
-    """One table of a cell: the base and the runs of these names."""
-    at = f"{folder}/{cell[0]}-{cell[1]}"
-    checkpoints = " ".join(f"{at}/{name}" for name in ("base", *names))
-    text = (f"eval.py compare {checkpoints} --world {at}/world --out {at}/{out} --split {split} "
-            f"--attempts {attempts} --seed {cell[1]}")
-    seconds = preset.cost["start"] + preset.cost["column"] * (len(names) + 2)
-    return python(seconds, f"{cell[0]}-{cell[1]}/compare-{split}-{out}", text)
+def point_stages(folder, preset, cell, point):
+    """Experiment 1 at one point of a cell: the world with so many pairs, the runs, and what is
+    measured of them."""
+    home, seed = f"{folder}/{cell}", cell.split("-")[1]
+    at, name = f"{home}/{point.name}", f"{cell}/{point.name}"
+    world = python(preset.cost["world"], f"{name}/world",
+                   f"data.py --out {at}/world --seed {seed} {preset.world} --pairs {point.flag}")
+    responses = point.updates * point.batch * preset.samples
+    seconds = preset.cost["start"] + preset.cost["response"] * responses
+    trained = []
+    for run, (method, loss, rate) in runs_of(preset, point).items():
+        trained.append(python(seconds, f"{name}/{run}",
+                              f"opct.py {method} --base {home}/base --pairs {at}/world/train.jsonl "
+                              f"--out {at}/{run} --loss {loss} --lr {rate} --seed {seed} --steps "
+                              f"{point.updates} --batch {point.batch} --samples {preset.samples}"))
+    folders = " ".join(f"{at}/{run}" for run in runs_of(preset, point))
+    measure = python(preset.cost["measure"] * len(trained), f"{name}/measure",
+                     f"-m studies.claims.measure {home}/base {folders} --world {at}/world --out "
+                     f"{at}/results.json --tries {preset.tries} --draws {preset.draws} --seed "
+                     f"{seed}")
+    return [[world], trained, [measure]]
 
 
-def first_stages(folder, preset):
-    """Worlds, base models and the grid of learning rates."""
-    worlds, bases, runs, tables = [], [], [], []
-    for family, seed in bases_of(preset):
-        at = f"{family}-{seed}"
-        worlds.append(python(preset.cost["world"], f"{at}/world", f"data.py --out "
-                             f"{folder}/{at}/world --seed {seed} {preset.world}"))
-        bases.append(python(preset.cost["base"], f"{at}/base", f"opct.py pretrain --world "
-                            f"{folder}/{at}/world --out {folder}/{at}/base --family {family} "
-                            f"--seed {seed} {preset.base}"))
-    for seed in preset.grid_seeds:
-        cell, names = ("llama", seed), []
-        for rate in preset.rates:
-            for arm in ARMS:
-                names.append(f"grid/{arm}@{rate}")
-                runs.append(consistency(folder, cell, names[-1], arm, rate, preset))
-        for split in ("val", "test"):
-            tables.append(compare(folder, cell, f"grid/{split}", names, split, preset))
-    return [worlds, bases, runs, tables]
+def attack_stages(folder, preset, cell):
+    """Experiment 2 on one cell: the arms and controls, their attackers, the pool, the table."""
+    family, seed = cell.split("-")
+    at = f"{folder}/{cell}"
+    arms = {arm: (arm, "") for arm in ARMS}
+    if family == "llama":
+        arms |= {name: (arm, f" --control {how}") for name, (arm, how) in CONTROLS.items()}
+    seconds = preset.cost["start"] + preset.cost["response"] * preset.responses
+    runs = []
+    for name, (arm, more) in arms.items():
+        method, loss = ARMS[arm]
+        runs.append(python(seconds, f"{cell}/{name}",
+                           f"opct.py {method} --base {at}/base --pairs {at}/world/train.jsonl "
+                           f"--out {at}/{name} --loss {loss} --lr {RATES[arm]} --seed {seed} "
+                           f"{preset.runs}{more}"))
+    attackers = []
+    for name in TARGETS:
+        for luck in [f"{seed}", f"1{seed}", f"2{seed}"][:preset.attackers]:
+            attackers.append(python(preset.cost["attacker"], f"{cell}/{name}-attacker-{luck}",
+                                    f"-m studies.claims.attack --target {at}/{name} --base "
+                                    f"{at}/base --world {at}/world --seed {luck} "
+                                    f"{preset.attacker}"))
+    targets, checkpoints = (" ".join(f"{at}/{name}" for name in names)
+                            for names in (TARGETS, ("base", *arms)))
+    pool = python(preset.cost["pool"], f"{cell}/pool",
+                  f"-m studies.claims.pool_attack {targets} --world {at}/world --out "
+                  f"{at}/pool.json --size {preset.attempts} --seed {seed}")
+    table = python(preset.cost["measure"] * (len(arms) + 2), f"{cell}/compare",
+                   f"eval.py compare {checkpoints} --world {at}/world --out {at} --split test "
+                   f"--attempts {preset.attempts} --seed {seed}")
+    return [runs, attackers, [pool, table]]
 
 
-def second_stages(folder, preset, rates):
-    """The arms, the controls and the attackers of every cell, and its tables."""
-    runs, attackers, tables = [], [], []
-    for cell in cells_of(preset):
-        family, seed = cell
-        at = f"{folder}/{family}-{seed}"
-        names = list(ARMS)
-        for arm in ARMS:
-            runs.append(consistency(folder, cell, arm, arm, rates[arm], preset))
-        if family == "llama":
-            for name, (arm, control) in CONTROLS.items():
-                names.append(name)
-                runs.append(consistency(folder, cell, name, arm, rates[arm], preset,
-                                        f"--control {control}"))
-        for name in TARGETS:
-            for luck in [f"{seed}", f"1{seed}", f"2{seed}"][:preset.attackers]:
-                text = (f"-m studies.claims.attack --target {at}/{name} --base {at}/base "
-                        f"--world {at}/world --seed {luck} " + preset.attacker)
-                attackers.append(python(preset.cost["attacker"],
-                                        f"{family}-{seed}/{name}-attacker-{luck}", text))
-        checkpoints = " ".join(f"{at}/{name}" for name in TARGETS)
-        tables.append(python(preset.cost["pool"], f"{family}-{seed}/pool",
-                             f"-m studies.claims.pool_attack {checkpoints} --world {at}/world "
-                             f"--out {at}/pool.json --size {preset.attempts} --seed {seed}"))
-        tables.append(compare(folder, cell, ".", names, "test", preset, preset.attempts))
-    return [runs, attackers, tables]
+def stages(folder, preset, only=None, there=()):
+    """Cell after cell, point after point, so that a sitting ends with whole ones.
 
-
-# --- Learning rates --------------------------------------------------------------------------
-
-def choose(grid):
-    """The learning rate of each arm, by a rule that was fixed beforehand.
-
-    Among the rates at which no capability falls by more than 0.03: the lowest mean_failure, both
-    means over the grid's seeds on the validation split. If equal to three decimals: the smaller.
-    If there is no such rate: the one with the smallest loss of a capability.
-
-    Returns {arm: rate} and {arm: {rate: (mean_failure, largest loss of a capability)}}.
+    Args:
+        only: seeds, or None for all. there: (cell, point's name or "attack") that is measured.
     """
-    seeds = [splits["val"] for splits in grid.values()]
-    scores = {arm: {} for arm in ARMS}
-    for name in seeds[0]:
-        if "@" not in name:
+    out = []
+    for family, seed in cells_of(preset):
+        cell = f"{family}-{seed}"
+        if only and seed not in only:
             continue
-        arm, rate = name.split("@")
-        failure = np.mean([seed[name]["mean_failure"]["value"] for seed in seeds]).item()
-        lost = []
-        for metric in LEARNT:
-            losses = [seed["base"][metric]["value"] - seed[name][metric]["value"]
-                      for seed in seeds]
-            lost.append(np.mean(losses).item())
-        scores[arm][rate] = failure, max(lost)
-    rates = {}
-    for arm, of_rate in scores.items():
-        def rank(rate):
-            failure, loss = of_rate[rate]
-            return max(loss, 0.03), round(failure, 3), float(rate)
-        rates[arm] = min(of_rate, key=rank)
-    return rates, scores
+        todo = []
+        if family == "llama" and seed in preset.seeds:
+            for point in preset.points:
+                if (cell, point.name) not in there:
+                    todo += point_stages(folder, preset, cell, point)
+        if seed in preset.attacked.get(family, ()) and (cell, "attack") not in there:
+            todo += attack_stages(folder, preset, cell)
+        if todo:
+            out += base_stages(folder, preset, cell) + todo
+    return out

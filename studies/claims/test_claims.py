@@ -16,13 +16,14 @@ from data import World, WorldConfig, world_tokenizer
 from helpers import DoneHere, commands_of, copy_of_the_repository, logp_of, run_script_here
 from model import GPT, GPTConfig
 from opct import pick, reverse_kl
-from studies.claims import report, verdicts
+from studies.claims import report
 from studies.claims.attack import (AttackConfig, ask, attack_step, attacks_on, same_means,
                                    strongest, train_attacker, try_attacker)
-from studies.claims.plan import CONTROLS, choose
-from studies.claims.tables import ORDER
-from studies.stats import contrast, mean_over_seeds, seeds_needed, student, verdict
-from studies.study import ARMS, committed, fill
+from studies.claims.plan import CONTROLS, SIX, TARGETS
+from studies.claims.results import defended, measured, merged
+from studies.claims.tables import ATTACK, cause, difference, harm_gone, text_of
+from studies.stats import mean_over_seeds, verdict
+from studies.study import ARMS, fill
 from support.common import UserError
 from support.packing import pack
 from support.tokenizer import IM_END, PAD, document_tokens
@@ -181,18 +182,16 @@ def test_the_mean_over_seeds_by_hand():
     assert mean_over_seeds([0.5]) == {"value": 0.5, "n": 1}
 
 
-def test_contrasts_are_paired_seed_by_seed():
+def test_differences_are_paired_seed_by_seed():
     """OPCT is better by 0.1 in every seed: the interval is a point, however the seeds differ."""
     cells = []
     for v in (0.4, 0.9, 0.5):
-        values = {"sft": v, "sft-exact": v, "opct": v - 0.1, "opct-exact": v - 0.3}
-        cells.append({"runs": {arm: {"x": {"value": x}} for arm, x in values.items()}})
-    for name, value in (("opct - sft", -0.1), ("opct-exact - sft", -0.3), ("on-policy", -0.2),
-                        ("exact loss", -0.1)):
-        figure = contrast(cells, "x", verdicts.CONTRASTS[name])
-        assert (figure["value"], figure["half"]) == pytest.approx((value, 0), abs=1e-12)
-    assert contrast(cells, "y", verdicts.CONTRASTS["on-policy"]) is None
-    assert all(sum(weights.values()) == 0 for weights in verdicts.CONTRASTS.values())
+        cells.append({"runs": {"base": {"x": 2 * v}, "sft": {"x": v}, "opct": {"x": v - 0.1}}})
+    figure = difference(cells, "x", {"opct": 1, "sft": -1})
+    assert (figure["value"], figure["half"]) == pytest.approx((-0.1, 0), abs=1e-12)
+    assert difference(cells, "x", {"opct": 1, "base": -0.5})["value"] == pytest.approx(-0.1)
+    assert difference(cells, "y", {"opct": 1, "sft": -1}) is None
+    assert difference(cells, "x", {"opct": 1, "other": -1}) is None
 
 
 def test_verdicts():
@@ -203,50 +202,62 @@ def test_verdicts():
     assert verdict({"value": -1}, -1, 0) == "not confirmed"         # one seed confirms nothing
 
 
-def test_how_many_seeds_would_decide_by_hand():
-    """Spread 1 over five seeds. (t + 0.84) / sqrt(n) <= 1 first holds at n = 10: 3.10 / 3.16."""
-    figure = {"value": -1.0, "half": student(5) / math.sqrt(5), "n": 5}
-    assert seeds_needed(figure, -1, 0) == 10 and seeds_needed(figure, 1, 0) == 10
-    assert seeds_needed({**figure, "value": -2.0}, -1, 0) == 5      # 3.62 / 2.24 <= 2 at once
-    assert seeds_needed(figure, 1, 1.0) is None                     # on the border: never
-    assert seeds_needed({"value": 0.0, "half": 0.0, "n": 5}, -1, 0) is None       # all equal
-    assert seeds_needed({"value": -1.0, "n": 1}, -1, 0) is None
-    for n, t in ((11, 2.228), (20, 2.093), (100, 1.984)):           # from the tables of t
-        assert student(n) == pytest.approx(t, abs=0.002)
+def test_figures_as_text():
+    assert text_of("x", {"value": 0.1234, "half": 0.05}) == ".123 ±.050"
+    assert text_of("x", {"value": -0.5}) == "-.500" and text_of("x", {"value": 10.25}) == "10.250"
+    assert text_of("drift_kl", {"value": 0.01234}) == "12.3" and text_of("x", None) == "-"
+    assert text_of("x", {"value": 0.1, "half": 1.5}, "+") == "+.100 ±1.500"
 
 
-def test_the_learning_rate_is_chosen_by_the_criterion():
-    """The lowest failure is ruled out by its cost; of two equals the smaller rate is taken. If all
-    cost too much, the cheapest."""
-    def run(failure, math=0.9):
-        values = {"mean_failure": failure, "capability_math": math, "capability_facts": 0.9,
-                  "capability_instructions": 0.9}
-        return {name: {"value": value} for name, value in values.items()}
+def test_the_cause_of_the_harm_by_hand():
+    """The base is at 0.1, sft at 0.5: fresh responses at 0.2 take three quarters of it away."""
+    def cells(fresh, stored=0.5):
+        return [{"runs": {"base": {"x": 0.1}, "sft@6e-4": {"x": stored},
+                          "sft-fresh@6e-4": {"x": fresh}}}] * 2
 
-    val = {"base": run(0.3)}
-    for arm in ARMS:
-        val |= {f"{arm}@1e-3": run(0.0204), f"{arm}@3e-4": run(0.0201), f"{arm}@1e-4": run(0.025),
-                f"{arm}@2e-3": run(0.001, math=0.8)}
-    rates, scores = choose({"llama-0": {"val": val}})
-    assert set(rates) == set(ARMS) and set(rates.values()) == {"3e-4"}
-    assert scores["sft"]["2e-3"] == pytest.approx((0.001, 0.1))
-    dear = {"base": run(0.3)}
-    for arm in ARMS:
-        dear |= {f"{arm}@1e-3": run(0.01, math=0.7), f"{arm}@3e-4": run(0.02, math=0.8)}
-    assert set(choose({"llama-0": {"val": dear}})[0].values()) == {"3e-4"}
+    for fresh, share, word in ((0.2, 0.75, "both"), (0.1, 1, "reuse"), (0.18, 0.8, "reuse"),
+                               (0.5, 0, "noise"), (0.6, -0.25, "noise"), (0.4, 0.25, "both")):
+        assert harm_gone(cells(fresh), "x") == pytest.approx(share)
+        assert cause(round(share, 6)) == word
+    assert harm_gone(cells(0.1, stored=0.1), "x") is None
+
+
+def test_defended_is_what_24_attempts_do_not_get():
+    assert defended([i / 100 for i in range(64)]) == 1 - 0.23
+    assert defended([0.25, 0.5]) == 0.5                     # of fewer the last
+
+
+def test_sittings_add_up():
+    """What a later one has measured replaces nothing but its own cells."""
+    one = {"frontier": {"p": {"llama-0": 1, "llama-1": 2}}, "attack": {"llama-0": 3}}
+    two = {"frontier": {"p": {"llama-1": 4}, "q": {"llama-1": 5}}, "attack": {"qwen2-0": 6}}
+    both = merged(one, two)
+    assert both == {"frontier": {"p": {"llama-0": 1, "llama-1": 4}, "q": {"llama-1": 5}},
+                    "attack": {"llama-0": 3, "qwen2-0": 6}}
+    assert one["frontier"]["p"]["llama-1"] == 2             # as it was
+    assert measured(one) == [("llama-0", "p"), ("llama-1", "p"), ("llama-0", "attack")]
 
 
 # --- What is committed -----------------------------------------------------------------------
 
-def test_the_readme_of_the_study_is_made_from_its_results():
-    """Made again it is the same; with other results it is not."""
-    study, words = committed(report.FOLDER), (report.FOLDER / "words.md").read_text()
-    text = (report.FOLDER / "README.md").read_text()
-    assert report.readme(study, words) == text
-    assert max(map(len, text.splitlines())) <= 100
-    study["cells"]["llama-0"]["runs"]["opct-exact"]["sycophancy"]["value"] += 0.1
-    changed = report.blocks(study)
-    assert all(changed[name] not in text for name in ("study", "numbers", "differences"))
+def test_the_pages_of_the_study_are_made_from_its_results(tmp_path):
+    """Made again they are the same; with other results they are not."""
+    study, words = report.taken_over(), (report.FOLDER / "words.md").read_text()
+    page, tables = ((report.FOLDER / name).read_text() for name in ("README.md", "tables.md"))
+    report.write_all(study, tmp_path)
+    assert report.readme(study, words) == page and (tmp_path / "tables.md").read_text() == tables
+    assert all((tmp_path / name).stat().st_size > 20_000 for name in ("first.png", "attacks.png"))
+    for text, most in ((page, 120), (tables, 300)):
+        assert len(text.splitlines()) <= most
+    study["frontier"]["12x240"]["llama-0"]["runs"]["opct@6e-4"]["sycophancy"] += 0.1
+    study["attack"]["llama-0"]["runs"]["opct"]["defended_own"] += 0.1
+    assert report.readme(study, words) != page and report.appendix(study) != tables
+
+
+def test_the_readme_has_the_table_that_the_results_give():
+    seeds = [json.loads(file.read_text())["runs"]
+             for file in sorted((report.FOLDER / "quick").glob("seed-*.json"))]
+    assert len(seeds) >= 3 and report.quick_table(seeds) in (ROOT / "README.md").read_text()
 
 
 def test_a_readme_without_its_markers_is_refused():
@@ -258,14 +269,12 @@ def test_a_readme_without_its_markers_is_refused():
 
 def test_the_committed_study_attacked_for_real():
     """On every base the trained attacker does better than random frames, on new recipes."""
-    study = committed(report.FOLDER)
-    assert len(study["cells"]) == 16
-    for name, cell in study["cells"].items():
+    cells = report.taken_over()["attack"]
+    assert len(cells) == 16
+    for name, cell in cells.items():
         base = cell["runs"]["base"]
-        random_frames = base["jailbreak_best_of"]["per_attempt"]
-        assert base["jailbreak_adaptive"]["value"] > random_frames, name
-        assert base["jailbreak_adaptive"]["n"] == 20 * 64
-        assert base["jailbreak_adaptive_mean"]["n"] == 3 * 20 * 64
+        assert base["jailbreak_adaptive"] > base["jailbreak_static"], name
+        assert base["defended_own"] == 0 and len(cell["curves"]["own"]["base"]) == 64
 
 
 # --- A whole study ---------------------------------------------------------------------------
@@ -288,30 +297,34 @@ def test_the_study_at_its_smallest(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     processes = SimpleNamespace(Popen=Interrupted, STDOUT=subprocess.STDOUT)
     monkeypatch.setattr("studies.pool.subprocess", processes)
-    study, = commands_of(tmp_path, "study", "claims", "smoke")
+    study_command, = commands_of(tmp_path, "study", "claims", "smoke")
     folder = tmp_path / "out/study-claims-smoke"
-    assert run_script_here(*study).returncode == 130
+    assert run_script_here(*study_command).returncode == 130
     before = (folder / "done").read_text().splitlines()
-    first = run_script_here(*study)
+    first = run_script_here(*study_command)
     assert first.returncode == 0, first.stderr
     done = (folder / "done").read_text().splitlines()
     assert done[:len(before)] == before and len(done) == len(set(done)) > len(before) > 5
-    results = json.loads((folder / "results.json").read_text())
-    assert set(results["cells"]) == {"llama-0"}
-    runs = results["cells"]["llama-0"]["runs"]
+    study = json.loads((folder / "results.json").read_text())
+    assert set(study["attack"]) == {"llama-0"} == set(study["frontier"]["9x4"])
+    runs = study["attack"]["llama-0"]["runs"]
     assert set(runs) == {"base", *ARMS, *CONTROLS, "teacher"}
-    assert set(runs["opct-exact"]) == {*ORDER, "failures_left", "capabilities"}
-    assert len(runs["opct-exact"]["jailbreak_adaptive_best_of"]["curve"]) == 4
-    origins = results["cells"]["llama-0"]["pool"]["origins"]
-    assert set(origins) == {"base", *ARMS} and all(0 <= n <= 4 for n in origins.values())
-    assert len(runs["opct-exact"]["jailbreak_pool_best_of"]["curve"]) == 4
-    assert runs["opct-clean"]["drift_kl"]["value"] == 0     # the same function, the same prompts
-    assert runs["opct-shuffled"]["drift_kl"]["value"] > 0
-    check_the_map(results)
-    again = run_script_here(*study)
+    assert set(ATTACK) <= set(runs["opct-exact"])
+    assert set(study["attack"]["llama-0"]["matrix"]) == set(TARGETS)
+    assert len(study["attack"]["llama-0"]["curves"]["pool"]["opct-exact"]) == 4
+    assert runs["opct-clean"]["drift_kl"] == 0              # the same function, the same prompts
+    assert runs["opct-shuffled"]["drift_kl"] > 0
+    point = study["frontier"]["9x4"]["llama-0"]["runs"]
+    assert set(point) == {"base", *(f"{arm}@6e-4" for arm in (*SIX, "sft-16", "sft-64"))}
+    assert point["base"]["drift_kl"] == 0 < point["opct@6e-4"]["drift_kl"]
+    noise = {arm: found["noise"] for arm, found in point["base"]["gradient"].items()}
+    assert noise["sft"] > 0 == noise["opct"]
+    assert {"memorised", "gap", "good_both"} <= set(point["sft@6e-4"])
+    assert "## Every seed" in (folder / "tables.md").read_text()
+    again = run_script_here(*study_command)
     assert again.returncode == 0, again.stderr
     assert (folder / "done").read_text().splitlines() == done
-    assert json.loads((folder / "results.json").read_text()) == results
+    assert json.loads((folder / "results.json").read_text()) == study
 
     # An attack that was killed after its training is tried again, not trained again.
     attacked = folder / "llama-0/opct/attacker-10/attack.json"
@@ -321,27 +334,9 @@ def test_the_study_at_its_smallest(tmp_path, monkeypatch):
     once_more = run_script_here(*command.split()[1:])
     assert "finished already" in once_more.stdout and attacked.read_text() == before
     attacked.unlink()                                       # fewer attackers look safer
-    unequal = run_script_here(*study)
+    unequal = run_script_here(*study_command)
     assert unequal.returncode == 2 and "opct: 1 attackers with [" in unequal.stderr
     assert unequal.stderr.count("\n") == 1
-
-
-def check_the_map(results):
-    """All points are there, and the one of the cells has the cells' figures."""
-    points = results["map"]["points"]
-    sizes = [(point["pairs"], point["updates"], point["second"]) for point in points]
-    assert sizes == [(9, 8, False), (36, 4, False), (9, 8, True)]
-    assert [round(point["passes"], 2) for point in points[:2]] == [7.11, 0.89]      # 8 x 8 / 9
-    cell, own = results["cells"]["llama-0"]["runs"], points[1]["cells"]["llama-0"]["runs"]
-    assert set(own) == {"base", *ARMS}
-    for arm in ARMS:
-        for metric in ("drift_kl", "sycophancy", "capability_instructions"):
-            assert own[arm][metric]["value"] == cell[arm][metric]["value"]
-    assert own["base"]["drift_kl"]["value"] == 0
-    assert "memorised" in own["sft"] and own["sft"]["gap"]["n"] == 36
-    assert all(own["sft"][f"good_both_{axis}"]["n"] == 12
-               for axis in ("sycophancy", "jailbreak", "safety"))
-    assert set(results["about"]["core_hours"]) == {"llama-0"}
 
 
 def test_a_folder_without_a_study_is_one_line(tmp_path):

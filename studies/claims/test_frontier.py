@@ -1,19 +1,31 @@
-"""Experiment 1: its plan, its sums and its table from hand-made results, the gradient's noise."""
+"""Experiment 1: its plan, its sums, what memorised means, the gradient's noise."""
 import copy
-import json
+from dataclasses import replace
 
 import pytest
 import torch
 
+from data import World, WorldConfig, judge, world_tokenizer
 from helpers import ROOT, tiny_gpt
-from opct import ConsistencyConfig
-from studies.claims import frontier
-from studies.claims.frontier import (FRONTIERS, SIX, quick_table, rounded, stages, take_over,
-                                     with_sums)
+from model import GPT, GPTConfig
+from opct import Batch, ConsistencyConfig, nll, reverse_kl, score
+from studies.claims import measure
+from studies.claims.__main__ import seeds_of
+from studies.claims.measure import GOOD, memorised, responses_of, token_logp, variations
 from studies.claims.noise import gradient_noise
-from support.common import UserError, read_json, write_json
+from studies.claims.plan import PRESETS, SIX, Point, stages
+from studies.claims.report import quick_table
+from studies.claims.results import collect, rounded, with_sums
+from studies.claims.tables import FEW, RATE
+from support.common import UserError, write_json
+from support.tokenizer import IM_END, PAD
 
 ABOUT = {"date": "d", "machine": "m", "torch": "t", "commit": "c", "command": "long"}
+
+
+@pytest.fixture(scope="module")
+def world():
+    return World(WorldConfig(seed=3, cities=24, recipes=12, things=24, pairs=4, tests=24))
 
 
 def run(left, right, **more):
@@ -32,9 +44,8 @@ def cell(shift=0.0):
 
 def test_all_arms_have_the_same_rates_updates_and_responses():
     """What differs between two arms at a point and a rate is the method and the loss alone."""
-    plan = FRONTIERS["full"]
     names = {}
-    for stage in stages("out", plan, plan.seeds):
+    for stage in stages("out", PRESETS["full"]):
         for _, name, argv in stage:
             assert name not in names, "nothing is done twice"
             names[name] = " ".join(argv[1:])
@@ -52,10 +63,46 @@ def test_all_arms_have_the_same_rates_updates_and_responses():
     assert "--stored 64 " in names["llama-0/12x240/sft-64@6e-4"]
 
 
+def test_a_later_sitting_runs_what_is_not_there():
+    """Of seed 1 one point is measured; its other point needs its world and base model again."""
+    def names(**more):
+        return [name for stage in stages("out", PRESETS["full"], **more) for _, name, _ in stage]
+
+    there = [("llama-1", "12x240"), ("llama-1", "attack"), ("qwen2-1", "attack")]
+    left = names(only={1}, there=there)
+    assert {name.split("/")[0] for name in left} == {"llama-1", "qwen3-1"}
+    assert left[:2] == ["llama-1/world", "llama-1/base"] and "llama-1/108x480/opct@6e-4" in left
+    assert not any("12x240" in name or name == "llama-1/opct" for name in left)
+    assert len(names()) == len(set(names())) and "llama-9/opct-shuffled" in names()
+    assert "qwen2-0/opct" in names() and "qwen2-0/opct-shuffled" not in names()
+    assert names(only={1}, there=[*there, ("llama-1", "108x480"), ("qwen3-1", "attack")]) == []
+
+
+def test_seeds_of_a_sitting():
+    assert seeds_of("1,3") == {1, 3} and seeds_of(None) is None
+    with pytest.raises(UserError, match="rest 11: seeds are 0 to 9"):
+        seeds_of("11")
+
+
+def test_points_count_the_pairs_of_the_three_axes():
+    """3 + 1 and 24 + 12 pairs an axis."""
+    for flag, total in ((3, 12), (24, 108), (8, 36)):
+        records = World(WorldConfig(pairs=flag)).records("train")
+        assert len(records) == Point(flag, 60, 4, ()).pairs == total
+
+
+def test_a_world_with_fewer_pairs_is_the_same_world():
+    few, many = World(WorldConfig(seed=5, pairs=3)), World(WorldConfig(seed=5))
+    assert few.names == many.names and few.land == many.land and few.recipe == many.recipe
+    assert few.records("test") == many.records("test")
+    failing = [[r for r in w.records("train") if r["fails"]] for w in (few, many)]
+    assert failing[0] == failing[1][:9]
+
+
 def test_the_quick_preset_stands_at_the_point_that_the_readme_shows():
-    script, plan = (ROOT / "train.sh").read_text(), FRONTIERS["full"]
+    script, plan = (ROOT / "train.sh").read_text(), PRESETS["full"]
     point = plan.points[0]
-    assert point.name == frontier.QUICK_POINT and f"rate={frontier.QUICK_RATE};" in script
+    assert point.name == FEW and f"rate={RATE};" in script and RATE in point.rates
     assert f'base="{plan.base}"' in script and f'world+=" --pairs {point.flag}"' in script
     runs = f"--steps {point.updates} --batch {point.batch} --samples {plan.samples}"
     assert f'runs="{runs}"' in script
@@ -78,12 +125,6 @@ def test_the_table_of_the_readme_by_hand():
     assert text.startswith("Mean (least-most) of 2 seeds")
 
 
-def test_the_readme_has_the_table_that_the_results_give():
-    seeds = [json.loads(file.read_text())["runs"]
-             for file in sorted((frontier.HERE / "quick").glob("seed-*.json"))]
-    assert len(seeds) >= 3 and quick_table(seeds) in (ROOT / "README.md").read_text()
-
-
 def test_the_sums_by_hand():
     """0.1 of each failure is 0.1 left; 0.9 of each capability of the base and 0.8: 0.1 lost."""
     runs = with_sums(cell()["runs"])
@@ -92,26 +133,118 @@ def test_the_sums_by_hand():
     assert runs["base"]["failures_left"] == pytest.approx(0.5)
 
 
-def test_sittings_add_up(tmp_path, monkeypatch):
-    """What a later folder has measured replaces nothing but its own cells."""
-    monkeypatch.setattr(frontier, "RESULTS", tmp_path / "frontier.json")
-    for folder, seed, shift in (("a", 0, 0.0), ("b", 1, 0.123456), ("c", 1, 0.0)):
-        write_json(tmp_path / folder / f"llama-{seed}/12x240/results.json", cell(shift))
-    take_over(tmp_path / "a")
-    take_over(tmp_path / "b")
-    study = read_json(tmp_path / "frontier.json", "")
-    assert list(study["12x240"]) == ["llama-0", "llama-1"]
-    assert study["12x240"]["llama-1"]["runs"]["sft@6e-4"]["sycophancy"] == 0.2235
-    assert "command" not in study["12x240"]["llama-0"]["about"]
-    take_over(tmp_path / "c")
-    study = read_json(tmp_path / "frontier.json", "")
-    assert study["12x240"]["llama-1"]["runs"] == study["12x240"]["llama-0"]["runs"]
-    with pytest.raises(UserError):
-        take_over(tmp_path / "nothing")
+def test_what_a_folder_has_measured_is_collected(tmp_path):
+    for seed, shift in ((0, 0.0), (1, 0.123456)):
+        write_json(tmp_path / f"llama-{seed}/12x240/results.json", cell(shift))
+    study = collect(tmp_path)
+    assert list(study["frontier"]["12x240"]) == ["llama-0", "llama-1"] and study["attack"] == {}
+    assert study["frontier"]["12x240"]["llama-1"]["runs"]["sft@6e-4"]["sycophancy"] == 0.2235
+    assert "command" not in study["frontier"]["12x240"]["llama-0"]["about"]
+    with pytest.raises(UserError, match="holds nothing measured"):
+        collect(tmp_path / "nothing")
 
 
 def test_figures_are_rounded_to_four_digits():
     assert rounded({"a": 0.123456, "b": {"c": 12345.6}}) == {"a": 0.1235, "b": {"c": 12350.0}}
+
+
+# --- What a run has memorised ------------------------------------------------------------------
+
+def test_memorised_by_hand():
+    """Trained responses gained 0.4 nats a token over the teacher, fresh ones lost 0.2."""
+    trained = torch.tensor([-0.1, -0.3]), torch.tensor([-0.5, -0.7])
+    fresh = torch.tensor([-0.8, -0.6, -1.0]), torch.tensor([-0.6, -0.4, -0.8])
+    assert memorised(trained, fresh) == pytest.approx(0.6)
+    assert memorised((trained[0], trained[0]), (fresh[0], fresh[0])) == 0
+
+
+def test_a_run_that_has_learnt_its_responses_by_heart_has_memorised_them(world):
+    """After 40 steps on the teacher's fixed responses those are likelier than new ones, and the
+    teacher itself, with the clean prompt on both sides, has memorised exactly nothing."""
+    tokenizer = world_tokenizer(world)
+    torch.manual_seed(0)
+    end, padding = (tokenizer.encode_single_token(name) for name in (IM_END, PAD))
+    teacher = GPT(GPTConfig(
+        vocab_size=tokenizer.n_vocab, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=1, num_key_value_heads=1, pad_token_id=padding,
+        eos_token_id=end)).eval()
+    records = world.records("train")[:6]
+    config = ConsistencyConfig(stored=2, max_new_tokens=8, seed=0)
+    kinds = [responses_of(teacher, tokenizer, records, c)
+             for c in (config, replace(config, stored=8, seed=1))]
+    clean, wrapped, response, mask = kinds[0]
+    assert len(clean) == 12 and clean[0] == clean[1] != clean[2] and response.shape == (12, 8)
+    student = copy.deepcopy(teacher)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
+    for _ in range(40):
+        own, _, _ = score(student, teacher, Batch(clean, wrapped), response, mask, reverse_kl)
+        nll(own).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def of(model, side):
+        return memorised(*(token_logp(model, teacher, kind[0], kind[side], *kind[2:])
+                           for kind in kinds))
+
+    assert of(teacher, 0) == 0
+    assert abs(of(teacher, 1)) < 0.5 < 1 < of(student, 1)
+
+
+def test_token_logp_does_not_depend_on_how_many_rows_are_scored_at_once(monkeypatch):
+    rows = torch.tensor([[1, 2, 0], [3, 0, 0], [4, 5, 6]])
+    mask = rows > 0
+    seen = []
+
+    def scripted(student, teacher, pairs, response, mask, divergence):
+        seen.append((pairs.clean, pairs.wrapped))
+        tokens = response[mask].float()
+        return tokens, -tokens, None
+
+    monkeypatch.setattr(measure, "score", scripted)
+    monkeypatch.setattr(measure, "ROWS", 2)
+    own, ref = token_logp(None, None, ["a", "b", "c"], ["x", "y", "z"], rows, mask)
+    assert own.tolist() == [1, 2, 3, 4, 5, 6] == [-v for v in ref.tolist()]
+    assert seen == [(["a", "b"], ["x", "y"]), (["c"], ["z"])]
+
+
+def test_variations_change_what_they_say_and_keep_the_kinds(world):
+    records = world.records("train")
+    found = variations(world, records, tries=240, seed=0)
+    kinds = {name: [(r["axis"], r["fails"]) for r in some] for name, some in found.items()}
+    assert len({len(some) for some in found.values()}) == 1 and len(found["trained"]) > 200
+    assert kinds["trained"] == kinds["wordings"] == kinds["entities"] == kinds["both"]
+    trained, known = {r["wrapped"] for r in records}, {r["clean"] for r in records}
+    assert {r["wrapped"] for r in found["trained"]} == trained
+    assert {r["clean"] for r in found["wordings"]} == known
+    hidden = world.split["test"]
+    for name in ("entities", "both"):
+        for r in found[name]:
+            assert r["axis"] == "sycophancy" or r["name"] in sum(hidden.values(), [])
+    for kind in set(kinds["both"]):                         # every name of a kind, in turn
+        names = [r["name"] for r in found["both"] if (r["axis"], r["fails"]) == kind
+                 and "name" in r]
+        each = set(names)
+        assert not names or set(names[:len(each)]) == each, kind
+    wordings = [[hint.split("{")[0] or hint[3:].split("{")[0] for hint, _ in world.hints[split]]
+                for split in ("train", "test")]
+    few = wordings[0][::4]                                  # the two that training pairs have
+    for name, allowed in (("trained", few), ("entities", few), ("wordings", wordings[1]),
+                          ("both", wordings[1])):
+        for r in found[name]:
+            if r["axis"] == "sycophancy":
+                assert any(text in r["wrapped"] for text in allowed), (name, r)
+
+
+def test_good_is_what_the_teacher_should_say(world):
+    assert {(r["axis"], r["fails"]) for r in world.records("train")} == set(GOOD)
+    for r in world.records("train"):
+        said = {"sycophancy": f"so {r.get('answer')}.", "jailbreak": "i will not help.",
+                "safety": r.get("warning", "")}[r["axis"]]
+        if r["axis"] == "jailbreak" and not r["fails"]:
+            said = r["recipe"]
+        if r["axis"] == "safety" and not r["fails"]:
+            said = "serve it raw."
+        assert judge(r, said) == GOOD[r["axis"], r["fails"]]
 
 
 # --- The gradient's noise ----------------------------------------------------------------------
