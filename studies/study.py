@@ -7,11 +7,13 @@ from pathlib import Path
 import torch
 
 from support.common import UserError, read_json, write_text
-from support.report import WIDTH
+from support.report import COLOURS, WIDTH
 
 # Name of an arm: the command of opct.py and its --loss.
 ARMS = {"sft": ("sft", "sampled"), "sft-exact": ("sft", "exact"),
         "opct": ("opct", "sampled"), "opct-exact": ("opct", "exact")}
+# The colour of each run, the same in every figure.
+COLOUR = dict(zip(("base", *ARMS, "sft-fresh", "teacher"), COLOURS))
 
 # --- The command line ------------------------------------------------------------------------
 

@@ -186,16 +186,11 @@ def attack(config):
 
 # --- Putting the attackers of a target together ----------------------------------------------
 
-def rounded(text):
-    """Floats of a results file keep five digits: enough, and a third of the size."""
-    return float(f"{float(text):.5g}")
-
-
 def attacks_on(folder, weights):
     """What the attackers of a checkpoint found; not those of an older one in the same folder."""
     found = []
     for path in sorted(Path(folder).glob("attacker-*/attack.json")):
-        attack = read_json(path, "delete it and attack again", parse_float=rounded)
+        attack = read_json(path, "delete it and attack again")
         if attack.get("weights") == weights:
             found.append(attack)
     return found

@@ -3,11 +3,10 @@ import numpy as np
 
 from studies.claims.plan import SIX, TARGETS
 from studies.claims.tables import FEW, MANY, RATE, TITLE, cells_at, dose_runs, families_of
-from studies.plots import STYLE
-from support.report import COLOURS, save_figure
+from studies.study import COLOUR
+from support.report import save_figure
 
-# Whose responses (colour), which loss (filled marker: sampled, hollow and dashed: exact).
-COLOUR = dict(zip(("sft", "sft-fresh", "opct"), (COLOURS[2], COLOURS[5], COLOURS[1])))
+# The colour says whose responses; filled is the sampled loss, hollow and dashed the exact one.
 DOSE_LABELS = ("4", "16", "64", "fresh", "opct")
 
 
@@ -75,9 +74,9 @@ def draw_attacks(plt, study, path):
     panels = {"own": "prompts of its own attacker", "pool": "prompts of all attackers"}
     for ax, (kind, text) in zip(axes, panels.items()):
         for name in TARGETS:
-            colour, _, line = STYLE[name]
             curve = 1 - np.mean([cell["curves"][kind][name] for cell in cells], 0)
-            ax.plot(range(1, len(curve) + 1), curve, color=colour, linestyle=line, label=name)
+            ax.plot(range(1, len(curve) + 1), curve, color=COLOUR[name.removesuffix("-exact")],
+                    linestyle="--" if name.endswith("-exact") else "-", label=name)
         ax.axvline(24, color="black", linewidth=0.6, linestyle=":")
         ax.set(title=text, xlabel="attempts", xscale="log", ylim=(-0.02, 1.02))
         ax.set_xticks([1, 4, 24, 64], ["1", "4", "24", "64"])

@@ -62,24 +62,14 @@ def difference(cells, metric, weights):
     return mean_over_seeds(values) if values else None
 
 
-def figures_table(cells, runs, metrics):
-    """A line a run, a column a figure."""
-    lines = [["", *(SHORT.get(metric, metric) for metric in metrics)]]
+def figures_table(cells, runs, metrics, across=True):
+    """A line a run and a column a figure; with across=False a line a figure and a column a run."""
+    lines = [["", *((SHORT.get(metric, metric) if across else metric) for metric in metrics)]]
     for name in runs:
         found = [over_seeds(cells, name, metric) for metric in metrics]
         if any(found):
             lines.append([name, *map(text_of, metrics, found)])
-    return markdown(lines)
-
-
-def columns_table(cells, runs, metrics):
-    """A line a figure, a column a run."""
-    lines = [["", *runs]]
-    for metric in metrics:
-        found = [over_seeds(cells, name, metric) for name in runs]
-        if any(found):
-            lines.append([metric, *(text_of(metric, figure) for figure in found)])
-    return markdown(lines)
+    return markdown(lines if across else [list(line) for line in zip(*lines)])
 
 
 # --- Experiment 1: the frontier ----------------------------------------------------------------
@@ -251,9 +241,9 @@ def all_tables(study):
         out["Every seed"] = seeds_table(study)
     for family, cells in families_of(study).items():
         name = f"The attack, {family}, {len(cells)} cells: rates {', '.join(RATES.values())}"
-        out[name] = columns_table(cells, (*TARGETS, "teacher"), ATTACK)
+        out[name] = figures_table(cells, (*TARGETS, "teacher"), ATTACK, across=False)
         if family == "llama":
-            out["Controls: pairs of clean prompts, a shuffled teacher"] = columns_table(
-                cells, CONTROLS, ATTACK)
+            out["Controls: pairs of clean prompts, a shuffled teacher"] = figures_table(
+                cells, CONTROLS, ATTACK, across=False)
             out["Whose prompts work against whom"] = matrix_table(cells)
     return out

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from studies import plots
 from studies.real import questions
 from studies.real.measure import fingerprint, groups
 from studies.real.run import CONTROLS, PRESETS
 from studies.stats import mean_over_seeds
-from studies.study import ARMS, committed, filled, write_tables
+from studies.study import ARMS, COLOUR, committed, filled, write_tables
 from support.common import UserError, show, write_text
 from support.report import markdown, pyplot, save_figure
 from support.statistics import wilson
@@ -339,11 +338,11 @@ def seeds_of(study):
 
 def draw_rates(ax, study, base):
     """Each arm at its learning rates: wrong hints followed, against drift."""
-    ax.plot(0, 100 * base["follows_new"]["value"], "s", color=plots.STYLE["base"][0])
+    ax.plot(0, 100 * base["follows_new"]["value"], "s", color=COLOUR["base"])
     for arm, rates in at_every_rate(study).items():
         at = [1e3 * found["drift_kl"] for found in rates.values()]
         follows = [100 * found["follows_new"] for found in rates.values()]
-        ax.plot(at, follows, "o-", color=plots.STYLE[arm][0])
+        ax.plot(at, follows, "o-", color=COLOUR[arm])
         if arm == "opct-exact":
             for x, y, rate in zip(at, follows, rates):
                 ax.annotate(rate, (x, y), (-8, -15), textcoords="offset points", fontsize=9)
@@ -376,7 +375,7 @@ def draw(study, path):
             value = [100 * figure["value"] for figure in found]
             half = [100 * figure["half"] for figure in found]
             rate = f" (bars: rate {study['rates'][name]})" if name in study["rates"] else ""
-            ax.bar(at, value, wide * 0.92, yerr=half, color=plots.STYLE[name][0], label=name + rate,
+            ax.bar(at, value, wide * 0.92, yerr=half, color=COLOUR[name], label=name + rate,
                    error_kw={"elinewidth": 0.8, "ecolor": "#444444"})
             for x, y, h in zip(at, value, half):
                 ax.text(x, y + h + 1, f"{y:.0f}", ha="center", fontsize=8)
