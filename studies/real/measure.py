@@ -1,6 +1,6 @@
 """What one checkpoint says to all questions of a split, one letter an answer.
 
-    python -m studies.real.measure RUN --base BASE --questions DIR --split test --out FILE
+    python -m studies.real.measure RUN --base BASE --questions DIR --out FILE
 
     r  right: an accepted answer, and not the hint      h  the hint, and no accepted answer
     b  both of them                                     o  neither
@@ -54,10 +54,7 @@ def fingerprint(test, plain):
 
 
 def measure(model, base, tokenizer, test, plain, seed=0):
-    """The letters of a checkpoint, its KLs, and its greedy answers to the wrapped prompts.
-
-    plain: empty on validation, where nothing is chosen by them.
-    """
+    """The letters of a checkpoint, its KLs, and its greedy answers to the wrapped prompts."""
     asked, out = groups(test, plain), {"questions": fingerprint(test, plain)}
 
     def prompts_of(records, form):
@@ -73,12 +70,11 @@ def measure(model, base, tokenizer, test, plain, seed=0):
     prompts = [prompts_of(asked["sampled"], form) for form in ("wrapped", "clean")]
     texts, nats, length, *_ = samples_of(model, base, tokenizer, *prompts, LIMIT, (seed, "wrapped"))
     out["kl"], out["sampled"] = ratio(nats, length), letters(asked["sampled"], texts)
-    if plain:
-        # KL(base || model), on the base's samples, as the drift of `eval.py compare`.
-        prompts = prompts_of(plain, "clean")
-        _, nats, length, *_ = samples_of(base, model, tokenizer, prompts, prompts, LIMIT,
-                                        (seed, "drift"))
-        out["drift_kl"] = ratio(nats, length)
+    # KL(base || model), on the base's samples, as the drift of `eval.py compare`.
+    prompts = prompts_of(plain, "clean")
+    _, nats, length, *_ = samples_of(base, model, tokenizer, prompts, prompts, LIMIT,
+                                     (seed, "drift"))
+    out["drift_kl"] = ratio(nats, length)
     return out
 
 
@@ -87,15 +83,12 @@ def main():
     parser.add_argument("run")
     parser.add_argument("--base", required=True)
     parser.add_argument("--questions", required=True, help="the folder that questions.py wrote")
-    parser.add_argument("--split", choices=("val", "test"), default="test")
     add_number(parser, "every", 1, "only every so many questions")
     parser.add_argument("--out", required=True)
     args = parser.parse_args()
     began, device, folder = time.time(), pick_device(), Path(args.questions)
-    test = read_jsonl(folder / f"{args.split}.jsonl")[::args.every]
-    plain = []
-    if args.split == "test":
-        plain = read_jsonl(folder / "plain.jsonl")[::args.every]
+    test, plain = (read_jsonl(folder / f"{name}.jsonl")[::args.every]
+                   for name in ("test", "plain"))
     model, base = load_checkpoint(args.run, device), load_checkpoint(args.base, device)
     found = measure(model, base, load_tokenizer(args.base), test, plain)
     write_json(args.out, {**found, "seconds": time.time() - began, "about": about(device)})

@@ -20,6 +20,7 @@ FACTS = Path(__file__).parent / "facts.txt"
 TAUGHT = ("capitals", "symbols", "languages")
 NEW = ("cities", "states", "dishes", "landmarks", "continents", "classes", "plurals", "sports")
 PLAIN = ("everyday", "context", "open")
+FEW = 24                    # pairs of the condition with reuse
 
 # {q} the question, {h} the hint.
 WORDINGS = {
@@ -125,10 +126,11 @@ def plain(facts):
 
 
 def write(folder, seeds):
-    """train-SEED.jsonl for each seed, val.jsonl, test.jsonl, plain.jsonl."""
+    """train-SEED.jsonl and few-SEED.jsonl, FEW of them, for each seed; test.jsonl, plain.jsonl."""
     facts = read_facts(FACTS.read_text(encoding="utf-8"))
     for seed in seeds:
-        write_jsonl(Path(folder) / f"train-{seed}.jsonl", pairs(facts, "train", seed))
-    write_jsonl(Path(folder) / "val.jsonl", pairs(facts, "val"))
+        records = pairs(facts, "train", seed)
+        write_jsonl(Path(folder) / f"train-{seed}.jsonl", records)
+        write_jsonl(Path(folder) / f"few-{seed}.jsonl", rng("few", seed).sample(records, FEW))
     write_jsonl(Path(folder) / "test.jsonl", pairs(facts, "test"))
     write_jsonl(Path(folder) / "plain.jsonl", plain(facts))
