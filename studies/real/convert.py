@@ -25,11 +25,16 @@ FOLDER = Path("out/real/SmolLM2-135M-Instruct")
 
 def convert(path, folder):
     """GGUF file -> Hugging Face folder. The weights come last: with them the folder is complete."""
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    # transformers leaves out that this model's tokenizer splits off single digits.
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True),
+                                                          ByteLevel(add_prefix_space=False)])
+    tokenizer.save_pretrained(folder)
     del model.config.quantization_config                    # it is no GGUF file any more
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)

@@ -15,8 +15,7 @@ from model import GPT, GPTConfig, load_checkpoint
 from studies.real import convert, questions, report
 from studies.real.measure import groups, letter
 from studies.real.questions import NEW, PLAIN, TAUGHT, WORDINGS
-from studies.real.run import CHOSEN, PRESETS, choose
-from studies.study import ARMS, committed
+from studies.real.run import PRESETS, merged, stages
 from support.common import UserError
 from support.tokenizer import chat, load_tokenizer
 
@@ -29,6 +28,14 @@ TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content']
             "{% endfor %}<|im_start|>assistant\n")
 
 
+# llama.cpp's names of the tensors: of the whole model, and of a layer.
+WHOLE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm"}
+LAYER = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+         "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+         "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+         "mlp.down_proj": "ffn_down"}
+
+
 def as_llama_cpp(weight, heads):
     """What the converter of llama.cpp does to query and key matrices."""
     rows, width = weight.shape
@@ -36,9 +43,9 @@ def as_llama_cpp(weight, heads):
     return np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(rows, width))
 
 
-def write_gguf(path, model, tokens, kind="smollm"):
+def write_gguf(path, model, tokens):
     """A model of ours as llama.cpp stores it."""
-    gguf = pytest.importorskip("gguf")
+    gguf = [pytest.importorskip(name) for name in ("gguf", "accelerate", "transformers")][0]
     config, file = model.config, gguf.GGUFWriter(path, "llama")
     file.add_context_length(config.max_position_embeddings)
     file.add_embedding_length(config.hidden_size)
@@ -49,7 +56,7 @@ def write_gguf(path, model, tokens, kind="smollm"):
     file.add_layer_norm_rms_eps(config.rms_norm_eps)
     file.add_rope_freq_base(config.rope_theta)
     file.add_tokenizer_model("gpt2")
-    file.add_tokenizer_pre(kind)
+    file.add_tokenizer_pre("smollm")
     file.add_token_list(tokens)
     file.add_token_types([3] * 3 + [1] * (len(tokens) - 3))
     file.add_token_merges(["a b", "ab c", "1 2"])
@@ -58,8 +65,6 @@ def write_gguf(path, model, tokens, kind="smollm"):
     file.add_unk_token_id(0)
     file.add_pad_token_id(2)
     file.add_chat_template(TEMPLATE)
-    back = {there: here for here, there in convert.NAMES.items()}
-    layer = {there: here for here, there in convert.LAYER.items()}
     for name, weight in model.state_dict().items():
         stem, weight = name.removesuffix(".weight"), weight.numpy()
         if stem == "lm_head":                               # tied
@@ -70,8 +75,8 @@ def write_gguf(path, model, tokens, kind="smollm"):
             weight = as_llama_cpp(weight, config.num_key_value_heads)
         if stem.startswith("model.layers."):
             number, part = stem.removeprefix("model.layers.").split(".", 1)
-            stem = f"blk.{number}.{layer[part]}"
-        file.add_tensor(f"{back.get(stem, stem)}.weight", weight)
+            stem = f"blk.{number}.{LAYER[part]}"
+        file.add_tensor(f"{WHOLE.get(stem, stem)}.weight", weight)
     file.write_header_to_file()
     file.write_kv_data_to_file()
     file.write_tensors_to_file()
@@ -93,8 +98,10 @@ def test_a_converted_model_computes_what_it_computed_before(tokens, tmp_path):
     convert.convert(tmp_path / "a.gguf", tmp_path / "a")
     again = load_checkpoint(tmp_path / "a")
     idx = torch.randint(0, 262, (2, 12))
-    with torch.no_grad():
-        assert torch.equal(model(idx), again(idx))
+    with torch.no_grad():               # a GGUF file holds 1e-5 as 9.999999747e-06
+        assert torch.allclose(model(idx), again(idx), rtol=0, atol=1e-6)
+    for one, other in zip(model.parameters(), again.parameters()):
+        assert torch.equal(one, other)
     assert again.config.eos_token_id == 2 and again.config.tie_word_embeddings
     assert (tmp_path / "a/chat_template.jinja").read_text() == TEMPLATE
 
@@ -110,35 +117,12 @@ def test_a_converted_tokenizer_splits_digits_and_knows_its_special_tokens(tokens
     assert stored["eos_token"] == "<|im_end|>" and stored["bos_token"] == "<|im_start|>"
 
 
-def test_a_gguf_file_of_another_kind_is_refused_by_name(tokens, tmp_path):
-    model = GPT(GPTConfig(**SIZES))
-    write_gguf(tmp_path / "a.gguf", model, tokens, kind="llama-bpe")
-    with pytest.raises(UserError, match="a tokenizer that this script does not know"):
-        convert.convert(tmp_path / "a.gguf", tmp_path / "a")
-    with pytest.raises(UserError, match="a tensor blk.0.ssm_a"):
-        convert.hugging_face_name("blk.0.ssm_a.weight")
-    assert not (tmp_path / "a/model.safetensors").exists()
-
-
 def test_a_folder_from_the_hub_is_taken_as_it_is(tmp_path, capsys):
     path = tmp_path / "model.safetensors"
     save_file({"a": torch.tensor([1.5, -2.25]).bfloat16()}, path)
     before = path.read_bytes()
     convert.make(tmp_path)
     assert "is there already" in capsys.readouterr().out and path.read_bytes() == before
-
-
-def test_rounding_once_more_moves_the_weights_by_a_little(tokens, tmp_path):
-    """Uniform rounding to 16 steps in a block of 32 normal numbers: about 8 % of their size."""
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(**SIZES)).eval()
-    write_gguf(tmp_path / "a.gguf", model, tokens)
-    convert.convert(tmp_path / "a.gguf", tmp_path / "a")
-    convert.round_again(tmp_path / "a", tmp_path / "b")
-    again = load_checkpoint(tmp_path / "b")
-    for (name, p), q in zip(model.named_parameters(), again.parameters()):
-        error = ((p - q).square().mean() / p.square().mean()).sqrt()
-        assert 0.06 < error < 0.10 if "proj" in name else torch.equal(p, q), (name, error)
 
 
 # --- Facts and questions ---------------------------------------------------------------------
@@ -220,112 +204,103 @@ def test_the_letter_of_an_answer():
     assert letter({"expect": ["Bern"], "avoid": []}, "Rome") == "o"
 
 
-def test_an_interval_counts_answers_to_one_question_once():
-    """Four answers 1, 1, 0, 0: as four questions sd / sqrt(4), as two it is wider."""
-    values = np.array([1.0, 1.0, 0.0, 0.0])
-    assert report.over_questions(values, "abcd") == pytest.approx(np.std(values, ddof=1) / 2)
-    assert report.over_questions(values, "aabb") == pytest.approx(np.std([1, 0], ddof=1) / 2**0.5)
-    four, two = (report.share_of(values, names) for names in ("abcd", "aabb"))
-    assert four["value"] == two["value"] == 0.5 and 0.3 < four["half"] < two["half"] < 0.5
+def test_a_bootstrap_that_joins_seeds_and_questions():
+    """Made-up data with known intervals."""
+    names = [str(i) for i in range(400)]
+    rows = np.ones((3, 400))
+    assert report.bootstrap(rows * 0.25, names) == pytest.approx([0.25, 0.25])
+    # Questions alone: 40 of 400 differ, in all seeds alike; normal with sd sqrt(.1 * .9 / 400).
+    alike = rows * (np.arange(400) < 40)
+    low, high = report.bootstrap(alike, names)
+    assert (low, high) == pytest.approx((0.1 - 1.96 * 0.015, 0.1 + 1.96 * 0.015), abs=0.004)
+    # Seeds alone: three drawn from 0, 0, 3 have a mean of 0 to 3, either end at 4 % or more.
+    assert report.bootstrap(rows * [[0], [0], [3]], names) == pytest.approx([0, 3])
+    # Both: wider than either.
+    both = report.bootstrap(alike + [[-0.01], [0], [0.01]], names)
+    assert both[1] - both[0] > high - low
 
 
-def test_a_share_of_nothing_is_not_certain():
-    """Wilson: none of 62 questions, asked twice each, leaves up to 1.96^2 / (62 + 1.96^2)."""
-    names = [n // 2 for n in range(124)]
-    assert report.share_of(np.zeros(124), names)["half"] == pytest.approx(3.8416 / 65.8416)
-    assert report.share_of(np.ones(124), names)["half"] == pytest.approx(3.8416 / 65.8416)
-
-
-def run_of(each, seeds):
-    each = np.array(each)
-    return {"follows_new": {"value": each.mean(), "each": each, "names": "abcd"[:len(each)],
-                            "seeds": seeds}}
+def test_answers_to_one_question_are_one_cluster():
+    """Each question asked twice with equal answers: half as many independent ones."""
+    each = np.tile(np.arange(200) < 100, (1, 1)).astype(float)
+    one = report.bootstrap(each, [str(i) for i in range(200)])
+    two = report.bootstrap(each, [str(i // 2) for i in range(200)])
+    assert (two[1] - two[0]) / (one[1] - one[0]) == pytest.approx(2 ** 0.5, rel=0.06)
 
 
 def test_a_difference_is_paired_by_question_and_by_seed():
     """One arm is better by 0.5 on every question and in every seed: the interval is a point."""
-    one, other = run_of([0.5, 1.0, 0.75], [0.6, 0.9]), run_of([0.0, 0.5, 0.25], [0.1, 0.4])
-    found = report.difference({"opct": one, "sft": other}, "opct", "sft", "follows_new")
-    assert found == {"value": pytest.approx(0.5), "half": pytest.approx(0, abs=1e-9), "seeds": 2}
-    assert report.difference({"opct": one}, "opct", "sft", "follows_new") is None
+    one = {"each": np.array([[0.5, 1.0], [0.75, 1.5]]), "names": "ab"}
+    other = {"each": one["each"] - 0.5, "names": "ab"}
+    assert report.difference(one, other) == pytest.approx((0.5, 0.5, 0.5))
+    assert report.difference(one, None) is None
+    fewer = {"each": other["each"][:1], "names": "ab"}      # a seed that only one has is left out
+    assert report.difference(one, fewer) == pytest.approx((0.5, 0.5, 0.5))
 
 
-def test_the_interval_of_a_difference_joins_questions_and_training():
-    """Questions differ by 0 or 1, seeds by 0.4 or 0.6: both noises are in the interval."""
-    one, other = run_of([0.0, 1.0], [0.4, 0.6]), run_of([0.0, 0.0], [0.0, 0.0])
-    found = report.difference({"opct": one, "sft": other}, "opct", "sft", "follows_new")
-    of_questions, of_seeds = 1.96 * 0.5, 12.71 * 0.1
-    assert found["half"] == pytest.approx(np.hypot(of_questions, of_seeds))
-    alone = {name: run_of(run["follows_new"]["each"], run["follows_new"]["seeds"][:1])
-             for name, run in (("opct", one), ("sft", other))}
-    assert report.difference(alone, "opct", "sft", "follows_new")["half"] == of_questions
+# --- The plan --------------------------------------------------------------------------------
+
+def names_of(**more):
+    return [name for stage in stages("out", PRESETS["full"], **more) for _, name, _ in stage]
 
 
-def test_bold_is_a_primary_difference_that_leaves_out_zero_over_seeds():
-    sure, unsure = run_of([1.0, 0.98], [0.99, 0.99]), run_of([0.0, 0.02], [0.01, 0.01])
-    figures = {"opct": sure, "sft": unsure, "opct-exact": sure, "sft-exact": unsure}
-    line = report.differences(figures).splitlines()[3]
-    assert line.count("**+0.98") == 2 and line.split("|")[4].strip().startswith("+0.98")
-    for run in figures.values():
-        run["follows_new"]["seeds"] = run["follows_new"]["seeds"][:1]
-    assert "**" not in report.differences(figures)
+def test_all_arms_of_a_seed_differ_in_method_and_loss_alone():
+    names = names_of()
+    assert len(names) == len(set(names)) == 1 + 2 * (3 * 3 * 4 + 3 * 3)
+    argv = {name: " ".join(argv[2:]) for stage in stages("out", PRESETS["full"])
+            for _, name, argv in stage}
+    for rate in ("1e-5", "3e-5", "1e-4"):
+        for seed in range(3):
+            alike = {argv[f"{arm}@{rate}.{seed}"].split(" ", 1)[1].replace(f"/{arm}@", "/").replace(
+                f"--loss {'exact' if arm.endswith('exact') else 'sampled'} ", "")
+                for arm in ("sft", "sft-exact", "opct", "opct-exact")}
+            assert len(alike) == 1 and f"train-{seed}.jsonl" in (text := alike.pop())
+            assert f"--lr {rate} " in text and f"--seed {seed} " in text
+    assert "few-1.jsonl" in argv["reuse-sft-fresh@3e-5.1"]
+    assert "--stored 0 " in argv["reuse-sft-fresh@3e-5.1"]
 
 
-def test_only_seeds_that_all_arms_have_are_counted():
-    study = {"runs": {"base": 0, "sft.0": 1, "sft.2": 2, "opct.2": 3, "opct.0": 4, "opct.1": 5,
-                      "sft-clean.0": 6}}
-    assert report.runs_of(study) == {"base": [0], "sft": [1, 2], "opct": [4, 3], "sft-clean": [6]}
-
-
-def test_the_learning_rate_is_chosen_by_its_rule():
-    """The best rate loses too much without a hint; of two equal ones the smaller is taken."""
-    records = [{"fails": True}] * 10
-
-    def found(right, clean):
-        return {"wrapped": "r" * right + "h" * (10 - right), "sampled": "", "clean": clean}
-
-    val = {"base": found(2, "r" * 20)}
-    for arm in ARMS:
-        val |= {f"{arm}@1e-5": found(5, "r" * 20), f"{arm}@3e-5": found(7, "r" * 19 + "o"),
-                f"{arm}@5e-5": found(7, "r" * 20), f"{arm}@1e-4": found(9, "r" * 18 + "oo")}
-    rates, scores = choose(val, records)
-    assert rates == dict.fromkeys(ARMS, "3e-5")
-    assert scores["opct"]["1e-4"] == (0.9, pytest.approx(0.1))
+def test_what_is_measured_is_not_run_again():
+    there = ["base", "sft@3e-5.0", "reuse-opct@3e-5.2"]
+    left = set(names_of()) - set(names_of(there=there))
+    assert left == {"questions to base", "sft@3e-5.0", "questions to sft@3e-5.0",
+                    "reuse-opct@3e-5.2", "questions to reuse-opct@3e-5.2"}
+    about = {"date": "d", "commit": "c"}
+    one = {"updates": "u", "reuse": "r", "every": 1, "about": about, "runs": {"base": 1, "a": 2}}
+    two = {**one, "about": {**about, "commit": "e"}, "runs": {"base": 1, "b": 3}}
+    both = merged(one, two)
+    assert both["runs"] == {"base": 1, "a": 2, "b": 3} and both["about"]["commit"] == "c and e"
+    with pytest.raises(UserError, match="another preset"):
+        merged(one, {**two, "every": 2})
 
 
 # --- What is committed -----------------------------------------------------------------------
 
-measured = pytest.mark.skipif(not (report.FOLDER / "results.json").exists(),
-                              reason="studies/real/results.json is not there yet: run the study")
-
-
-@measured
-def test_the_readme_of_the_study_is_made_from_its_results():
-    """Made again it is the same; with other results it is not."""
-    study, words = committed(report.FOLDER), (report.FOLDER / "words.md").read_text()
-    text = (report.FOLDER / "README.md").read_text()
-    assert report.readme(study, words) == text
-    assert max(map(len, text.splitlines())) <= 100
-    assert study["rates"] == CHOSEN                         # what `quick` uses
-    found = study["runs"]["opct-exact.0"]
+def test_the_pages_of_the_study_are_made_from_its_results(tmp_path):
+    """Made again they are the same; with other results they are not."""
+    study, words = report.taken_over(), (report.FOLDER / "words.md").read_text()
+    page, tables = ((report.FOLDER / name).read_text() for name in ("README.md", "tables.md"))
+    report.write_all(study, tmp_path)
+    assert report.readme(study, words) == page and (tmp_path / "tables.md").read_text() == tables
+    assert (tmp_path / "main.png").stat().st_size > 20_000
+    assert len(page.splitlines()) <= 120
+    found = study["runs"]["opct-exact@3e-5.0"]
     found["wrapped"] = found["wrapped"].replace("r", "h")
-    assert report.blocks(study)["result"] not in text
+    assert report.readme(study, words) != page
 
 
-@measured
 def test_results_about_other_questions_are_refused():
-    study = committed(report.FOLDER)
+    study = report.taken_over()
     study["runs"]["base"]["questions"] += 1
     with pytest.raises(UserError, match="about other questions"):
-        report.blocks(study)
+        report.page_tables(study)
 
 
 # --- A whole study ---------------------------------------------------------------------------
 
 def test_the_study_at_its_smallest(tokens, tmp_path, monkeypatch):
     """The command of `bash train.sh study real smoke` in a copy, with a random model in the place
-    of the real one; given again, it repeats no run. All but the update whose memory is measured
-    runs in this process."""
+    of the real one; given again, it repeats no run. All of it runs in this process."""
     copy_of_the_repository(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("studies.pool.subprocess", SimpleNamespace(
@@ -339,19 +314,16 @@ def test_the_study_at_its_smallest(tokens, tmp_path, monkeypatch):
     folder = tmp_path / "out/study-real-smoke"
     done = (folder / "done").read_text()
     results = json.loads((folder / "results.json").read_text())
-    others = {f"{arm}@{rate}.0" for arm in PRESETS["smoke"].arms for rate in PRESETS["smoke"].rates
-              if results["rates"][arm] != rate}
-    assert set(results["runs"]) == {"base", "sft.0", "opct-exact.0", "sft-clean.0",
-                                    "rounded-again", *others}
+    assert set(results["runs"]) == {"base", "sft@3e-5.0", "opct-exact@3e-5.0", "reuse-sft@3e-5.0",
+                                    "reuse-sft-fresh@3e-5.0", "reuse-opct@3e-5.0"}
     facts = questions.read_facts(questions.FACTS.read_text(encoding="utf-8"))
     every = PRESETS["smoke"].every
     asked = groups(questions.pairs(facts, "test")[::every], questions.plain(facts)[::every])
     for found in results["runs"].values():
         assert all(len(found[kind]) == len(records) for kind, records in asked.items())
     assert results["runs"]["base"]["drift_kl"]["value"] == 0
-    assert results["runs"]["sft-clean.0"]["drift_kl"]["value"] > 0
-    assert results["runs"]["sft.0"]["drift_kl"]["value"] > 0
-    assert results["costs"][0]["bytes"] > 1e8 and results["costs"][0]["seconds"] > 0
+    assert results["runs"]["sft@3e-5.0"]["drift_kl"]["value"] > 0
+    assert "With reuse" in (folder / "tables.md").read_text()
     again = run_script_here(*command)
     assert again.returncode == 0, again.stderr
     assert (folder / "done").read_text() == done
