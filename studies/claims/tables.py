@@ -81,17 +81,15 @@ def cells_at(study, point):
 
 def noise_table(study):
     """Noise and size of an update's gradient, by arm: at agreement, and at the end of a run."""
-    lines = [["", "noise at agreement", *(f"at the end, {point}: noise / size"
-                                          for point in study["frontier"])]]
+    lines = [["noise / size", "agreement", *(f"end of {point}" for point in study["frontier"])]]
     for arm in SIX:
-        cells = study["frontier"][FEW].values()
         same = arm.replace("-fresh", "")                    # one update, whether stored or fresh
-        at_base = [cell["runs"]["base"]["gradient"][same]["noise"] for cell in cells]
-        line = [arm, f"{np.mean(at_base):.2f}"]
-        for of_point in study["frontier"].values():
-            found = [cell["runs"][f"{arm}@{RATE}"]["gradient"] for cell in of_point.values()]
-            line.append(" / ".join(f"{np.mean([each[key] for each in found]):.2f}"
-                                   for key in ("noise", "size")))
+        each = [[cell["runs"]["base"]["gradient"][same]
+                 for cell in study["frontier"][FEW].values()]]
+        for cells in study["frontier"].values():
+            each.append([cell["runs"][f"{arm}@{RATE}"]["gradient"] for cell in cells.values()])
+        line = [arm, *(" / ".join(f"{np.mean([one[key] for one in found]):.2f}"
+                                  for key in ("noise", "size")) for found in each)]
         lines.append(line)
     return markdown(lines)
 
@@ -220,7 +218,8 @@ def page_tables(study):
             out[f"{name}_table"] = figures_table(cells, runs, HEAD)
             shares = [harm_gone(cells, metric) for metric in HEAD[1:3]]
             out[f"{name}_gone"] = " and ".join("none to lose" if share is None else
-                                               f"{share:.0%} ({cause(share)})" for share in shares)
+                                               f"{100 * share:.0f} % ({cause(share)})"
+                                               for share in shares)
     out["noise"] = noise_table(study) if FEW in study["frontier"] else "Not measured."
     cells = families_of(study).get("llama")
     out["attack"] = attack_table(cells) if cells else "Not run with this preset."
@@ -241,7 +240,7 @@ def all_tables(study):
         out["Every seed"] = seeds_table(study)
     for family, cells in families_of(study).items():
         name = f"The attack, {family}, {len(cells)} cells: rates {', '.join(RATES.values())}"
-        out[name] = figures_table(cells, (*TARGETS, "teacher"), ATTACK, across=False)
+        out[name] = figures_table(cells, TARGETS, ATTACK, across=False)
         if family == "llama":
             out["Controls: pairs of clean prompts, a shuffled teacher"] = figures_table(
                 cells, CONTROLS, ATTACK, across=False)
