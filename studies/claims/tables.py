@@ -10,15 +10,15 @@ from support.report import markdown
 
 FEW, MANY, RATE = "12x240", "108x480", "6e-4"       # the points, and the rate of the page's tables
 TITLE = {FEW: "12 pairs, 240 updates", MANY: "108 pairs, 480 updates"}
-THOUSANDTHS = ("drift_kl", "memorised")
+SCALES = {"drift_kl": (1000, 1), "memorised": (1000, 0)}   # nats in thousandths, and digits
 HEAD = ("failures_left", "capabilities_lost", "over_refusal", "drift_kl", "memorised", "gap")
 MORE = {"what was fixed": ("sycophancy", "jailbreak_static", "safety_awareness",
                            "accuracy_biased", "accuracy_right_hint", "bias_reliance"),
         "what was broken, and what carries over": (*LEARNT, "good_wordings", "good_entities",
                                                    "over_warning")}
-ATTACK = ("sycophancy", "bias_reliance", "accuracy_biased", "accuracy_right_hint",
+ATTACK = ("sycophancy", "accuracy_biased", "accuracy_right_hint",
           "jailbreak_static", "defended_random", "defended_own", "defended_pool",
-          "jailbreak_adaptive", "jailbreak_adaptive_mean", "jailbreak_pool", "jailbreak_transfer",
+          "jailbreak_adaptive", "jailbreak_pool", "jailbreak_transfer",
           "over_refusal", "safety_awareness", "over_warning", *LEARNT, "drift_kl", "unclear")
 SHORT = {"failures_left": "left", "capabilities_lost": "lost", "over_refusal": "refused",
          "drift_kl": "drift", "jailbreak_static": "jailbreak", "safety_awareness": "warns",
@@ -32,13 +32,13 @@ CONTRASTS = (("sft-fresh", "sft"), ("opct", "sft-fresh"), ("opct-exact", "sft-fr
 
 
 def text_of(metric, figure, sign=""):
-    """.123 ±.020, or .123 with one seed, or - if there is no figure."""
+    """.123±.020, or .123 with one seed, or - if there is no figure."""
     if not figure:
         return "-"
-    scale, digits = (1000, 1) if metric in THOUSANDTHS else (1, 3)
+    scale, digits = SCALES.get(metric, (1, 3))
     text = f"{scale * figure['value']:{sign}.{digits}f}"
     if "half" in figure:
-        text += f" ±{scale * figure['half']:.{digits}f}"
+        text += f"±{scale * figure['half']:.{digits}f}"
     return re.sub(r"\b0\.", ".", text) if digits == 3 else text
 
 

@@ -203,10 +203,10 @@ def test_verdicts():
 
 
 def test_figures_as_text():
-    assert text_of("x", {"value": 0.1234, "half": 0.05}) == ".123 ±.050"
+    assert text_of("x", {"value": 0.1234, "half": 0.05}) == ".123±.050"
     assert text_of("x", {"value": -0.5}) == "-.500" and text_of("x", {"value": 10.25}) == "10.250"
     assert text_of("drift_kl", {"value": 0.01234}) == "12.3" and text_of("x", None) == "-"
-    assert text_of("x", {"value": 0.1, "half": 1.5}, "+") == "+.100 ±1.500"
+    assert text_of("x", {"value": 0.1, "half": 1.5}, "+") == "+.100±1.500"
 
 
 def test_the_cause_of_the_harm_by_hand():
