@@ -271,6 +271,7 @@ def where_the_kl_is(kls):
 # --- Before you train: what the clean side would do to the wrapped one ---------------------------
 
 FEW = 20            # clean prompts; with fewer of them nothing is said
+SEEN = 96           # pairs among which a page finds the most telling ones
 
 
 def misbehaves(record, text):
@@ -401,6 +402,19 @@ def nats_of(tokens):
     return sum(token["kl"] for token in tokens)
 
 
+def some_pairs(records, most):
+    """The places of at most so many pairs, drawn at random, in their order; of a world's file only
+    those with something to fix, as many of each axis."""
+    groups = {}
+    for i, record in enumerate(records):
+        if record.get("axis", "") in ("", *AXES) and record.get("fails", True):
+            groups.setdefault(record.get("axis", ""), []).append(i)
+    each = -(-most // max(1, len(groups)))
+    drawn = [rng("pairs of a page").sample(group, min(each, len(group)))
+             for group in groups.values()]
+    return sorted(sum(drawn, []))
+
+
 def telling_pairs(records, found, number):
     """The places of the pairs at which the base's responses (tokens of `explained`) have the most
     nats, the most first; of a world as many of each axis. Freaks, with a token of less than 1 %,
@@ -410,8 +424,7 @@ def telling_pairs(records, found, number):
 
     groups = {}
     for i, record in enumerate(records):
-        if record.get("axis", "") in ("", *AXES):
-            groups.setdefault(record.get("axis", ""), []).append(i)
+        groups.setdefault(record.get("axis", ""), []).append(i)
     each = -(-number // max(1, len(groups)))
     chosen = []
     for group in groups.values():
@@ -562,6 +575,10 @@ def show_tokens(args):
     device, first = pick_device(args.device), args.checkpoints[0]
     records, columns = read_jsonl(args.pairs), columns_of(args.checkpoints)
     base, tokenizer = load_checkpoint(first, device), load_tokenizer(first)
+    places = some_pairs(records, max(SEEN, args.number))
+    if not places:
+        raise UserError(f"{args.pairs} has no pair with something to fix")
+    records = [records[i] for i in places]
     clean, wrapped = (chat_all(tokenizer, base, records, form, args)
                       for form in ("clean", "wrapped"))
     noise = torch.rand(len(records), args.max_new_tokens, generator=generator(args.seed, "tokens"))
@@ -581,7 +598,7 @@ def show_tokens(args):
         responses = [{"name": name, "tokens": run[place], "nats": nats_of(run[place])}
                      for name, run in runs.items()]
         prompts = [(form, text_of(records[i][form])) for form in ("clean", "wrapped")]
-        pairs.append({"name": records[i].get("axis", f"pair {i + 1}"), "prompts": prompts,
+        pairs.append({"name": records[i].get("axis", f"pair {places[i] + 1}"), "prompts": prompts,
                       "responses": responses})
         lines += [jsonl_of(dict(prompts), response) for response in responses]
     write_page(args.out, f"{', '.join(columns)}: the KL at each token", base_name, pairs)
@@ -656,7 +673,7 @@ def main():
     k.add_argument("checkpoints", nargs="+", help="folders; the first is the base")
     k.add_argument("--pairs", required=True, help="pairs, one JSON object a line")
     k.add_argument("--out", required=True, help="the page, such as tokens.html; .jsonl beside it")
-    add_number(k, "number", 12, "pairs, those at which the base is furthest from itself")
+    add_number(k, "number", 12, "pairs: of 96 those at which the base is furthest from itself")
     t = commands.add_parser("chat", help="type a prompt, see the answer")
     t.add_argument("checkpoints", nargs="+")
     for p in (k, t):

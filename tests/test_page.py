@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data import World, WorldConfig, world_tokenizer
-from eval import explained, nats_of, samples_of, telling_pairs
+from eval import explained, nats_of, samples_of, some_pairs, telling_pairs
 from helpers import logp_of, run_here, tiny_gpt
 from model import generate, save_checkpoint
 from support.common import generator
@@ -108,9 +108,9 @@ def test_the_pairs_with_most_nats_come_first_and_of_a_world_as_many_of_each_axis
     plain = [{} for _ in range(5)]
     assert telling_pairs(plain, with_nats(0.1, 0.5, 0.3, 0.9, 0.2), 3) == [3, 1, 2]
     assert telling_pairs(plain, with_nats(0.1, 0.5, 0.3, 0.9, 0.2, rare=3), 5) == [1, 2, 4, 0, 3]
-    axes = ["safety", "safety", "jailbreak", "sycophancy", "math", "safety"]
+    axes = ["safety", "safety", "jailbreak", "sycophancy", "safety"]
     records = [{"axis": axis} for axis in axes]
-    assert telling_pairs(records, with_nats(9, 8, 1, 2, 50, 7), 3) == [0, 3, 2]
+    assert telling_pairs(records, with_nats(9, 8, 1, 2, 7), 3) == [0, 3, 2]
 
 
 def test_colours_go_from_white_at_0_to_full_at_2_nats(tmp_path):
@@ -177,6 +177,16 @@ def test_the_command_writes_a_page_and_the_same_as_jsonl(home):
             assert abs(line["nats"]) < 1e-4
     assert run_here(*args).returncode == 0, "the same question again renews its files"
     assert (home / "out.jsonl").read_text(encoding="utf-8") == stored
+
+
+def test_at_most_so_many_pairs_are_looked_at_and_as_many_of_each_axis():
+    assert some_pairs([{}] * 10, 96) == list(range(10))
+    few = some_pairs([{}] * 1000, 4)
+    assert len(set(few)) == 4 and few == sorted(few) == some_pairs([{}] * 1000, 4)
+    axes = [{"axis": axis} for axis in ("math", "safety", "jailbreak", "facts", "sycophancy")]
+    places = some_pairs(axes * 30, 12)
+    assert sorted(i % 5 for i in places) == [1] * 4 + [2] * 4 + [4] * 4
+    assert some_pairs([{"axis": "math"}, {"axis": "safety", "fails": False}], 3) == []
 
 
 def test_a_browser_shows_the_colours(tmp_path):
