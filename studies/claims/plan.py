@@ -1,12 +1,8 @@
 """What the study runs, in which order.
 
-Experiment 1, the frontier. Six arms tell three things apart that "on-policy" stands for at once.
-All have the same learning rate, and several rates are shown; none is chosen:
-
-                                       one token    the whole distribution
-    stored responses of the teacher    sft          sft-exact
-    fresh responses of the teacher     sft-fresh    sft-fresh-exact
-    fresh responses of the student     opct         opct-exact
+Experiment 1, the frontier. Six arms tell three things apart that "on-policy" stands for at once:
+fresh responses, the student's own ones, and the direction of the KL. All have the same learning
+rate, and several rates are shown; none is chosen.
 
 It stands at two points: 12 pairs and 240 updates (what `train.sh quick` shows), 108 pairs and 480
 updates. Its dose is `sft` with 4, 16 or 64 stored responses to a pair, and fresh ones, at one rate.
