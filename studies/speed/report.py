@@ -275,13 +275,12 @@ def in_short(studies):
     """A table of ratios, each taken side by side in one run: a column for each machine's study."""
     batches, real_batches = ([row["batch"] for row in rows] for rows in (
         studies[0]["sampler"]["compared"], studies[0]["real"].get("sampler", [])))
-    labels = [f"sampler / transformers', batch {listed(batches)}",
-              f"the same, SmolLM2, batch {listed(real_batches)}",
-              "update / TRL's, float32, without vLLM",
-              "the same, SmolLM2: short prompts, long, LoRA",
-              "TRL's memory / ours, no checkpointing"]
+    labels = [f"sampler, batch {listed(batches)}",
+              f"sampler, SmolLM2, batch {listed(real_batches)}",
+              "update", "update, SmolLM2: short prompts, long, LoRA",
+              "memory of an update, the same three"]
     columns = [short_column(study, batches, real_batches) for study in studies]
-    return markdown([["", *(study["about"]["machine"] for study in studies)],
+    return markdown([["times better here", *(study["about"]["machine"] for study in studies)],
                      *zip(labels, *columns)])
 
 

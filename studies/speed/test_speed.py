@@ -143,7 +143,7 @@ def test_the_ratios_of_the_main_readme_by_hand():
             "real": {"missing": "x"}}
     lines = [[cell.strip() for cell in line.split("|")[1:-1]]
              for line in report.in_short([small, none]).splitlines()]
-    assert lines[0] == ["", "slow", "fast"] and lines[2][0].endswith("batch 1, 2")
+    assert lines[0] == ["times better here", "slow", "fast"] and lines[2][0].endswith("batch 1, 2")
     assert [line[1] for line in lines[2:]] == ["1.5, 3.0", "1.5, 3.0", "2.4", "2.5, 2.5",
                                                "1.5, 1.5"]
     assert {line[2] for line in lines[2:]} == {"-"}
