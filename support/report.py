@@ -2,10 +2,12 @@
 import os
 import re
 import sys
-import unicodedata
 from pathlib import Path
 
-from support.common import UserError, show, write_text
+import jinja2
+import regex
+
+from support.common import show, write_text
 
 WIDTH = 100                                                 # of a table, in characters
 # Better when higher.
@@ -176,20 +178,10 @@ FULL = 2.0          # nats from which on a token has the full colour
 def pieces_of(text):
     """A text as [(mark, text)]: marks, shown in grey, stand for what would not be seen or would
     change what is seen, such as blanks, line ends and the signs that turn the direction of text."""
-    pieces = []
-    for c in text:
-        category = unicodedata.category(c)
-        if c == " ":
-            pieces.append((True, "·"))
-        elif c == "\n":
-            pieces.append((True, "↵\n"))
-        elif category in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp"):
-            pieces.append((True, f"U+{ord(c):04X}"))
-        elif pieces and not pieces[-1][0]:
-            pieces[-1] = False, pieces[-1][1] + c
-        else:
-            pieces.append((False, c))
-    return pieces
+    pieces = regex.split(r"([ \p{Cc}\p{Cf}\p{Cs}\p{Co}\p{Zl}\p{Zp}])", text)
+    marks = {" ": "·", "\n": "↵\n"}
+    return [(i % 2 == 1, marks.get(piece, f"U+{ord(piece):04X}") if i % 2 else piece)
+            for i, piece in enumerate(pieces) if piece]
 
 
 def on_one_line(text):
@@ -206,27 +198,19 @@ def tip_of(token):
     return "\n".join(lines)
 
 
+def shade_of(token):
+    """The strength of a token's colour, in percent."""
+    return round(100 * min(1.0, max(0.0, token["kl"] / FULL)))
+
+
 def write_page(path, title, base, pairs):
     """Writes the page that shows the KL at each token. No script is needed to read it.
 
     pairs: {"name", "prompts": [(name, text)], "responses": [{"name", "nats", "tokens"}]} each, with
     tokens as `explained` of eval.py returns them.
     """
-    try:
-        import jinja2
-    except ImportError as error:
-        raise UserError("the page needs jinja2: `pip install jinja2`") from error
-    shown = []
-    for pair in pairs:
-        responses = []
-        for response in pair["responses"]:
-            tokens = [{"pieces": pieces_of(token["text"]), "tip": tip_of(token),
-                       "shade": round(100 * min(1.0, max(0.0, token["kl"] / FULL)))}
-                      for token in response["tokens"]]
-            responses.append({"name": response["name"], "tokens": tokens,
-                              "sum": f"{response['nats']:.2f} nats"})
-        prompts = [(name, pieces_of(text)) for name, text in pair["prompts"]]
-        shown.append({"name": pair["name"], "prompts": prompts, "responses": responses})
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    template = jinja2.Environment(loader=loader, autoescape=True).get_template("tokens.html.jinja")
-    write_text(path, template.render(title=title, base=base, full=f"{FULL:g}", pairs=shown) + "\n")
+    environment = jinja2.Environment(loader=loader, autoescape=True)
+    environment.filters |= {"pieces": pieces_of, "tip": tip_of, "shade": shade_of}
+    template = environment.get_template("tokens.html.jinja")
+    write_text(path, template.render(title=title, base=base, full=f"{FULL:g}", pairs=pairs) + "\n")

@@ -209,14 +209,3 @@ class Log:
         shown = "  ".join(f"{name} {means[name]:.4f}" for name in means
                           if name not in ("grad_norm", "lr"))
         progress(done, self.steps, left, f"{shown}  {tokens / seconds:,.0f} tokens/s")
-
-
-def read_log(folder):
-    """The lines of a run's log, none where there is no log. Raises UserError: damaged."""
-    path = Path(folder) / "log.jsonl"
-    hint = "delete it to go without the curve of this run"
-    try:
-        lines = read_text(path, hint).splitlines() if path.exists() else []
-        return [dict(**json.loads(line)) for line in lines]
-    except (ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}): {hint}") from error
