@@ -1,4 +1,5 @@
-"""The folder of a checkpoint, ours or Hugging Face's: config.json and the files of weights."""
+"""Reads, checks and writes the folder of a checkpoint, ours or Hugging Face's: config.json with
+Hugging Face's defaults, and the files of weights."""
 import json
 from pathlib import Path
 
@@ -12,8 +13,7 @@ COUNTS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
           "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 WINDOW = 4096           # the default of Mistral and Qwen
-# What transformers takes where a config does not have the field at all; in the others heads and
-# sizes follow from each other.
+# What transformers takes where a config lacks the field. For other kinds it follows from the sizes.
 DEFAULTS = {"mistral": {"num_key_value_heads": 8}, "qwen2": {"num_key_value_heads": 32},
             "qwen3": {"num_key_value_heads": 32, "head_dim": 128}}
 DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -48,7 +48,7 @@ def read_checkpoint(folder, families, device, dtype):
         raise UserError(f"{folder} is damaged: {error}") from error
     tie(config, weights)
     layers = {name.split(".")[2] for name in weights if name.startswith("model.layers.")}
-    if len(layers) != config["num_hidden_layers"]:          # or a million of them would be built
+    if len(layers) != config["num_hidden_layers"]:  # a wrong one could build millions
         raise UserError(f"{folder}: weights and config.json do not belong together")
     return config, weights, {"config": original, "dtypes": dtypes}
 
@@ -75,7 +75,7 @@ def read_weights(files, device, dtype):
         open(path, "rb").close()        # the system's own error says more than safetensors'
         with safe_open(path, "pt") as file:
             for name in file.keys():
-                if name.endswith("rotary_emb.inv_freq"):    # in old files; the config says it
+                if name.endswith("rotary_emb.inv_freq"):    # only in old files
                     continue
                 stored = file.get_tensor(name)
                 if stored.dtype not in DTYPES:
@@ -112,7 +112,7 @@ def refuse_other_kinds(folder, config, families):
 
 
 def has_sliding_window(config):
-    """Qwen's configs name a window even where it is off; in Mistral's it is on if it is named."""
+    """Qwen's configs name a window even where it is off; in Mistral's a named window is on."""
     if config["model_type"] == "mistral":
         return config.get("sliding_window", WINDOW) is not None
     if config.get("layer_types"):
@@ -187,7 +187,7 @@ def ids_of(config, name):
 def tie(config, weights):
     """Settles whether output layer and embedding are one tensor, which a file may hold once.
 
-    As in transformers: an output layer that is stored and differs is not tied, whatever is said.
+    As in transformers: a stored output layer that differs is not tied, whatever the config says.
     """
     tied = bool(config.get("tie_word_embeddings", HEAD not in weights))
     if tied and HEAD in weights and EMBEDDING in weights:
@@ -206,8 +206,7 @@ def write_checkpoint(folder, config, weights, origin):
 
     With the origin of a checkpoint that was read, its config is kept, and the dtype of each weight
     that it can hold without rounding: after training it cannot, since bfloat16 would take back
-    most of a small update. Fields in which several files or tensors have their say are written as
-    they were settled.
+    most of a small update. Fields that several files or tensors decide are written as decided.
     """
     folder = Path(folder)
     if any(".lora_" in name for name in weights):

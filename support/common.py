@@ -52,7 +52,7 @@ def stop(message):
 
 
 def silence():
-    """Whoever read the output has gone: what is printed from now on goes nowhere."""
+    """Nobody reads the output any more: what is printed from now on goes nowhere."""
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError):
@@ -173,7 +173,7 @@ def write_jsonl(path, records):
 
 
 def read_text(path, hint):
-    """Reads a file in UTF-8, a byte-order mark allowed. Raises UserError, which says the hint."""
+    """Reads a file in UTF-8, a byte-order mark allowed. Raises UserError with the hint."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -183,7 +183,7 @@ def read_text(path, hint):
 
 
 def read_json(path, hint, kind=dict, parse_float=None):
-    """Reads a JSON file of ours. Raises UserError: missing or damaged, and then the hint."""
+    """Reads a JSON file of ours. Raises UserError with the hint: it is missing or damaged."""
     text = read_text(path, hint)
     try:
         value = json.loads(text, parse_float=parse_float)

@@ -79,7 +79,7 @@ def table(runs, metrics, n="n", intervals=False):
 
 
 def on_a_picture(name):
-    """A name as matplotlib shows it as it is: it takes $ for formulas and hides _names."""
+    """A name so that matplotlib shows it unchanged: it takes $ for formulas and hides _names."""
     name = name.replace("$", r"\$")
     return f" {name}" if name.startswith("_") else name
 
@@ -176,8 +176,8 @@ FULL = 2.0          # nats from which on a token has the full colour
 
 
 def pieces_of(text):
-    """A text as [(mark, text)]: marks, shown in grey, stand for what would not be seen or would
-    change what is seen, such as blanks, line ends and the signs that turn the direction of text."""
+    """A text as [(mark, text)]: marks, shown in grey, stand for characters that are invisible or
+    change what others look like: blanks, line ends, signs that turn the direction of text."""
     pieces = regex.split(r"([ \p{Cc}\p{Cf}\p{Cs}\p{Co}\p{Zl}\p{Zp}])", text)
     marks = {" ": "·", "\n": "↵\n"}
     return [(i % 2 == 1, marks.get(piece, f"U+{ord(piece):04X}") if i % 2 else piece)
@@ -189,7 +189,7 @@ def on_one_line(text):
 
 
 def tip_of(token):
-    """What a page tells of a token: its probabilities, its KL, the likeliest tokens of both."""
+    """The text that a page shows for a token: probabilities, KL, the likeliest tokens of both."""
     lines = [f"{on_one_line(token['text'])}  p {token['p']:.3g}, base {token['p_base']:.3g}, "
              f"log-ratio {token['log_ratio']:+.3f}, KL {token['kl']:.4f}"]
     for name, title in (("likeliest", "model:"), ("likeliest_base", "base:")):

@@ -1,4 +1,4 @@
-"""Plumbing of a run: its folder, its log, its state, the processes that share it."""
+"""Plumbing of a run: its folder, its settings, its state and its log."""
 import fcntl
 import hashlib
 import json
@@ -95,8 +95,7 @@ def first_screen(stage, config, records, student, teacher):
 
 
 def weights_hash(model):
-    """A hash of the function that a model is: its config, the names and values of all weights. An
-    adapter's are left out."""
+    """A hash of a model: its config, and the names and values of all weights but an adapter's."""
     digest = hashlib.sha256(repr(asdict(model.config)).encode())
     for name, p in sorted(model.state_dict().items()):
         if "lora_" not in name:

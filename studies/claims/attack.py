@@ -27,7 +27,8 @@ from model import generate, load_checkpoint
 from opct import Batch, finish, policy_gradient, reverse_kl, score, train
 from support.common import (Parser, UserError, add_flags, flag, generator, guarded, pick_device,
                             read_json, show, write_text)
-from support.run import open_run, processes, run_settings, weights_hash
+from support.processes import processes
+from support.run import open_run, run_settings, weights_hash
 from support.statistics import best_of, rate
 from support.tokenizer import chat, load_tokenizer
 
