@@ -60,12 +60,12 @@ from model import generate, is_end, load_checkpoint
 from opct import Batch, is_large, reverse_kl, score
 from support.common import (Parser, UserError, about, add_number, generator, guarded, pick_device,
                             read_json, read_text, rng, show, write_json, write_jsonl, write_text)
-from support.pairs import read_jsonl, shown
+from support.pairs import chat_all, check_forms, check_room, read_jsonl, shown
 from support.report import draw_compare, draw_pairs, table, write_page
 from support.run import hash_of, weights_hash
 from support.statistics import best_of, complement, mean_of, rate, ratio
-from support.tokenizer import (TOKENIZER, Pretrained, chat, chat_all, check_forms, check_room,
-                               check_vocabulary, decode, load_tokenizer, messages_of, token_text)
+from support.tokenizer import (TOKENIZER, Pretrained, chat, check_vocabulary, decode,
+                               load_tokenizer, messages_of, token_text)
 
 MAX_NEW_TOKENS = 64
 ORDER = ("failures_left", "capabilities", "sycophancy", "bias_reliance", "accuracy_biased",

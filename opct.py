@@ -46,11 +46,10 @@ from support.common import (Parser, UserError, add_flags, flag, generator, guard
 from support.lora import add_lora, merge_lora, without_lora
 from support.muon import Muon
 from support.packing import ROW, pack_documents, pack_responses
-from support.pairs import check_use, given_responses, read_jsonl, shown
+from support.pairs import chat_all, check_forms, check_use, given_responses, read_jsonl, shown
 from support.processes import average, join_processes, leave_processes, processes, say
 from support.report import coloured
-from support.tokenizer import (IM_END, PAD, chat, chat_all, check_forms, check_vocabulary,
-                               load_tokenizer, token_text)
+from support.tokenizer import IM_END, PAD, chat, check_vocabulary, load_tokenizer, token_text
 
 # --- Objectives: pure functions, one value a token. tests/test_gradients.py is about these -----
 

@@ -1,10 +1,10 @@
-"""Contrastive pairs: reading and checking what a user wrote."""
+"""Contrastive pairs: reading and checking what a user wrote, and their tokens."""
 import json
 
 import torch
 
 from support.common import UserError, read_text
-from support.tokenizer import end_of_turn, messages_of, response_tokens
+from support.tokenizer import chat, end_of_turn, messages_of, response_tokens
 
 
 def check_pair(record):
@@ -87,6 +87,38 @@ def check_use(records, config, stage, size):
                         "given: take them out")
     if config.batch * config.samples % size:
         raise UserError(f"{config.batch} x {config.samples} responses do not divide by {size}")
+
+
+def chat_all(tokenizer, model, records, form, args):
+    """The clean or wrapped prompts of pairs. Raises UserError: one leaves no room for a response
+    of `args.max_new_tokens`. args.pairs: the file they are from."""
+    prompts = [chat(tokenizer, record[form]) for record in records]
+    check_room(prompts, model, args)
+    return prompts
+
+
+def check_room(prompts, model, args):
+    """Raises UserError where one of the prompts of pairs leaves no room for a response."""
+    room = model.config.max_position_embeddings - args.max_new_tokens
+    for number, prompt in enumerate(prompts, 1):
+        if len(prompt) > room:
+            raise UserError(f"{args.pairs}, pair {number}: a prompt of {len(prompt)} tokens "
+                            f"leaves no room for {args.max_new_tokens} new ones: shorten it, or "
+                            "lower --max-new-tokens")
+
+
+def check_forms(records, clean, wrapped, pairs):
+    """A warning where the tokens of both forms of a pair are the same and its texts are not; None
+    where all is well. Raises UserError: it is so in all pairs. pairs: the file they are from."""
+    same = [number for number, record in enumerate(records, 1)
+            if record["clean"] != record["wrapped"] and clean[number - 1] == wrapped[number - 1]]
+    if not same:
+        return None
+    text = (f"{pairs}: the chat template gives both forms of {len(same)} of {len(records)} pairs "
+            f"the same tokens (first pair {same[0]}): does it leave out system messages?")
+    if len(same) == len(records):
+        raise UserError(text)
+    return f"warning: {text}"
 
 
 def given_responses(tokenizer, model, records, config):

@@ -189,38 +189,6 @@ def document_tokens(tokenizer, prompt, text):
     return [*chat(tokenizer, prompt), *words, tokenizer.encode_single_token(IM_END)]
 
 
-def chat_all(tokenizer, model, records, form, args):
-    """The clean or wrapped prompts of pairs. Raises UserError: one leaves no room for a response
-    of `args.max_new_tokens`. args.pairs: the file they are from."""
-    prompts = [chat(tokenizer, record[form]) for record in records]
-    check_room(prompts, model, args)
-    return prompts
-
-
-def check_room(prompts, model, args):
-    """Raises UserError where one of the prompts of pairs leaves no room for a response."""
-    room = model.config.max_position_embeddings - args.max_new_tokens
-    for number, prompt in enumerate(prompts, 1):
-        if len(prompt) > room:
-            raise UserError(f"{args.pairs}, pair {number}: a prompt of {len(prompt)} tokens "
-                            f"leaves no room for {args.max_new_tokens} new ones: shorten it, or "
-                            "lower --max-new-tokens")
-
-
-def check_forms(records, clean, wrapped, pairs):
-    """A warning where the tokens of both forms of a pair are the same and its texts are not; None
-    where all is well. Raises UserError: it is so in all pairs. pairs: the file they are from."""
-    same = [number for number, record in enumerate(records, 1)
-            if record["clean"] != record["wrapped"] and clean[number - 1] == wrapped[number - 1]]
-    if not same:
-        return None
-    text = (f"{pairs}: the chat template gives both forms of {len(same)} of {len(records)} pairs "
-            f"the same tokens (first pair {same[0]}): does it leave out system messages?")
-    if len(same) == len(records):
-        raise UserError(text)
-    return f"warning: {text}"
-
-
 def decode(tokenizer, ids):
     """Text of token ids. Ids that only the weights know, whose vocabulary may be padded, have no
     text."""

@@ -12,8 +12,9 @@ from eval import respond
 from helpers import run_here, tiny_gpt
 from model import load_checkpoint, save_checkpoint
 from support.common import UserError
-from support.tokenizer import (chat, check_forms, check_vocabulary, decode, load_tokenizer,
-                               response_tokens, save_tokenizer, token_text)
+from support.pairs import check_forms
+from support.tokenizer import (chat, check_vocabulary, decode, load_tokenizer, response_tokens,
+                               save_tokenizer, token_text)
 
 SMOLLM2_TEMPLATE = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"

@@ -31,8 +31,8 @@ from studies.claims.noise import gradient_noise
 from studies.study import ARMS
 from support.common import (Parser, about, add_number, guarded, pick_device, read_json, rng, show,
                             write_json)
-from support.pairs import read_jsonl
-from support.tokenizer import chat, chat_all, load_tokenizer
+from support.pairs import chat_all, read_jsonl
+from support.tokenizer import chat, load_tokenizer
 
 FRESH = 16                  # fresh responses to a pair
 ROWS = 512                  # responses scored at a time
