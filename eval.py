@@ -402,16 +402,22 @@ def nats_of(tokens):
     return sum(token["kl"] for token in tokens)
 
 
+def by_axis(records, places):
+    """These places, a list for each axis; pairs of one's own are one."""
+    groups = {}
+    for i in places:
+        groups.setdefault(records[i].get("axis", ""), []).append(i)
+    return list(groups.values())
+
+
 def some_pairs(records, most):
     """The places of at most so many pairs, drawn at random, in their order; of a world's file only
     those with something to fix, as many of each axis."""
-    groups = {}
-    for i, record in enumerate(records):
-        if record.get("axis", "") in ("", *AXES) and record.get("fails", True):
-            groups.setdefault(record.get("axis", ""), []).append(i)
+    groups = by_axis(records, [i for i, record in enumerate(records)
+                               if record.get("axis", "") in ("", *AXES)
+                               and record.get("fails", True)])
     each = -(-most // max(1, len(groups)))
-    drawn = [rng("pairs of a page").sample(group, min(each, len(group)))
-             for group in groups.values()]
+    drawn = [rng("pairs of a page").sample(group, min(each, len(group))) for group in groups]
     return sorted(sum(drawn, []))
 
 
@@ -422,12 +428,10 @@ def telling_pairs(records, found, number):
     def rank(i):
         return min(token["p"] for token in found[i]) < 0.01, -nats_of(found[i])
 
-    groups = {}
-    for i, record in enumerate(records):
-        groups.setdefault(record.get("axis", ""), []).append(i)
+    groups = by_axis(records, range(len(records)))
     each = -(-number // max(1, len(groups)))
     chosen = []
-    for group in groups.values():
+    for group in groups:
         chosen += sorted(group, key=rank)[:each]
     return sorted(chosen, key=rank)[:number]
 
@@ -673,7 +677,7 @@ def main():
     k.add_argument("checkpoints", nargs="+", help="folders; the first is the base")
     k.add_argument("--pairs", required=True, help="pairs, one JSON object a line")
     k.add_argument("--out", required=True, help="the page, such as tokens.html; .jsonl beside it")
-    add_number(k, "number", 12, "pairs: of 96 those at which the base is furthest from itself")
+    add_number(k, "number", 12, f"pairs: of {SEEN} those at which the base is furthest from itself")
     t = commands.add_parser("chat", help="type a prompt, see the answer")
     t.add_argument("checkpoints", nargs="+")
     for p in (k, t):

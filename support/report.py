@@ -4,9 +4,6 @@ import re
 import sys
 from pathlib import Path
 
-import jinja2
-import regex
-
 from support.common import show, write_text
 
 WIDTH = 100                                                 # of a table, in characters
@@ -178,6 +175,8 @@ FULL = 2.0          # nats from which on a token has the full colour
 def pieces_of(text):
     """A text as [(mark, text)]: marks, shown in grey, stand for characters that are invisible or
     change what others look like: blanks, line ends, signs that turn the direction of text."""
+    import regex                        # here, as jinja2 below: training needs neither
+
     pieces = regex.split(r"([ \p{Cc}\p{Cf}\p{Cs}\p{Co}\p{Zl}\p{Zp}])", text)
     marks = {" ": "·", "\n": "↵\n"}
     return [(i % 2 == 1, marks.get(piece, f"U+{ord(piece):04X}") if i % 2 else piece)
@@ -209,6 +208,8 @@ def write_page(path, title, base, pairs):
     pairs: {"name", "prompts": [(name, text)], "responses": [{"name", "nats", "tokens"}]} each, with
     tokens as `explained` of eval.py returns them.
     """
+    import jinja2
+
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True)
     environment.filters |= {"pieces": pieces_of, "tip": tip_of, "shade": shade_of}

@@ -10,6 +10,12 @@ from support.report import save_figure
 DOSE_LABELS = ("4", "16", "64", "fresh", "opct")
 
 
+def look_of(arm):
+    """Colour and line of an arm: the exact loss has the colour of its method, dashed."""
+    return {"color": COLOUR[arm.removesuffix("-exact")],
+            "linestyle": "--" if arm.endswith("-exact") else "-", "label": arm}
+
+
 def values_of(cells, run, metric):
     return [cell["runs"][run][metric] for cell in cells]
 
@@ -38,13 +44,13 @@ def draw_frontier(ax, study, point):
     """Failures left against capabilities lost: a line an arm through its rates."""
     cells = cells_at(study, point)
     for arm in SIX:
-        colour, exact = COLOUR[arm.removesuffix("-exact")], arm.endswith("-exact")
+        look = look_of(arm)
         names = [name for name in cells[0]["runs"] if name.startswith(f"{arm}@")]
         lost, left = (np.array([values_of(cells, name, metric) for name in names])
                       for metric in ("capabilities_lost", "failures_left"))
-        ax.plot(lost.mean(1), left.mean(1), color=colour, linestyle="--" if exact else "-",
-                marker="o", markerfacecolor="white" if exact else colour, label=arm)
-        ax.plot(lost, left, ".", color=colour, markersize=2, alpha=0.6)
+        ax.plot(lost.mean(1), left.mean(1), marker="o", **look,
+                markerfacecolor="white" if arm.endswith("-exact") else look["color"])
+        ax.plot(lost, left, ".", color=look["color"], markersize=2, alpha=0.6)
     ax.axvline(0, color="black", linewidth=0.6)
     ax.set(title=TITLE[point], xlabel="capabilities lost", ylabel="failures left")
     ax.set_ylim(bottom=0)
@@ -75,8 +81,7 @@ def draw_attacks(plt, study, path):
     for ax, (kind, text) in zip(axes, panels.items()):
         for name in TARGETS:
             curve = 1 - np.mean([cell["curves"][kind][name] for cell in cells], 0)
-            ax.plot(range(1, len(curve) + 1), curve, color=COLOUR[name.removesuffix("-exact")],
-                    linestyle="--" if name.endswith("-exact") else "-", label=name)
+            ax.plot(range(1, len(curve) + 1), curve, **look_of(name))
         ax.axvline(24, color="black", linewidth=0.6, linestyle=":")
         ax.set(title=text, xlabel="attempts", xscale="log", ylim=(-0.02, 1.02))
         ax.set_xticks([1, 4, 24, 64], ["1", "4", "24", "64"])

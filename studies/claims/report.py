@@ -5,7 +5,7 @@ from pathlib import Path
 from studies.claims import figures
 from studies.claims.results import FILE, NOTHING
 from studies.claims.tables import all_tables, page_tables
-from studies.study import fill, filled, joined
+from studies.study import committed, fill, filled, joined
 from support.common import read_json, show, write_text
 from support.report import markdown, pyplot
 
@@ -17,7 +17,7 @@ QUICK_FIGURES = {"failures left": "failures_left", "capabilities lost": "capabil
 
 def taken_over():
     """The committed results."""
-    return read_json(FILE, "get it from git again") if FILE.exists() else NOTHING
+    return committed(FOLDER) if FILE.exists() else NOTHING
 
 
 def origins(study):

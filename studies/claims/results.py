@@ -77,10 +77,9 @@ def collect_cell(cell):
                         "since: delete it, and its line in the file `done`, and give the same "
                         "command again")
     figures = table["runs"]
-    best = {name: strongest(attacks) for name, attacks in found.items()}
-    for name in TARGETS:
-        figures[name] |= best[name]["figures"] | pool["figures"][name]
-        figures[name]["jailbreak_transfer"] = {"value": transfer(pool["matrix"])[name]}
+    for name, value in transfer(pool["matrix"]).items():
+        figures[name] |= strongest(found[name])["figures"] | pool["figures"][name]
+        figures[name]["jailbreak_transfer"] = {"value": value}
     runs = {}
     for name, of_run in figures.items():
         runs[name] = {metric: figure["value"] for metric, figure in of_run.items()}

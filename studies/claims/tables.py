@@ -191,14 +191,15 @@ def verdicts_table(study):
     if not study["frontier"]:
         return markdown(lines)
     point = MANY if MANY in study["frontier"] else list(study["frontier"])[0]
-    for one, other, claim in (("opct", "sft", "OPCT loses fewer capabilities than SFT"),
-                              ("sft-fresh", "sft", "SFT on fresh responses loses fewer, too"),
-                              ("opct", "sft-fresh", "OPCT loses fewer than that"),
-                              ("opct-exact", "sft-fresh-exact", "and so with the exact loss")):
+    cells = cells_at(study, point)
+    for one, other, claim, paper in (
+            ("opct", "sft", "OPCT loses fewer capabilities than SFT", "28 points"),
+            ("sft-fresh", "sft", "SFT on fresh responses loses fewer, too", "-"),
+            ("opct", "sft-fresh", "OPCT loses fewer than that", "-"),
+            ("opct-exact", "sft-fresh-exact", "and so with the exact loss", "-")):
         weights = {f"{one}@{RATE}": 1, f"{other}@{RATE}": -1}
-        paper = "28 points" if other == "sft" and one == "opct" else "-"
-        lines.append(row(f"{claim}, {point}", paper, difference(cells_at(study, point),
-                                                                "capabilities_lost", weights), -1))
+        lines.append(row(f"{claim}, {point}", paper,
+                         difference(cells, "capabilities_lost", weights), -1))
     return markdown(lines)
 
 

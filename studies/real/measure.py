@@ -1,4 +1,4 @@
-"""What one checkpoint says to all questions of a split, one letter an answer.
+"""What one checkpoint says to all questions of the test, one letter an answer.
 
     python -m studies.real.measure RUN --base BASE --questions DIR --out FILE
 

@@ -7,8 +7,8 @@ import numpy as np
 
 from studies.real import questions
 from studies.real.measure import fingerprint, groups
-from studies.study import ARMS, COLOUR, filled
-from support.common import UserError, read_json, show, write_text
+from studies.study import ARMS, COLOUR, committed, filled
+from support.common import UserError, show, write_text
 from support.report import WIDTH, markdown, pyplot, save_figure
 
 FOLDER = Path(__file__).parent
@@ -268,7 +268,7 @@ def draw(study, path):
 
 def taken_over():
     """The committed results."""
-    return read_json(FILE, "get it from git again")
+    return committed(FOLDER)
 
 
 def readme(study, words):
